@@ -1,0 +1,136 @@
+"""Encoders: x to context, run once per x. Any module that maps (B, ...) to (B, C) is one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["QuantileNormalizer", "TableEncoder"]
+
+
+class QuantileNormalizer(nn.Module):
+    """Map each feature to a standard normal through its training quantiles; values beyond them are clipped.
+
+    So no wild feature value can drive the network far from what it has seen. Ties go to the middle of their ranks; a
+    constant feature becomes 0.
+
+    Args:
+        num_features: Columns F.
+        num_quantiles: Knots per feature.
+
+    Raises:
+        ValueError: If num_features < 1 or num_quantiles < 2.
+
+    >>> normalizer = QuantileNormalizer(1)
+    >>> normalizer.fit(torch.rand(1000, 1, generator=torch.Generator().manual_seed(0)) ** 5)
+    >>> normalizer(torch.tensor([[0.0], [0.5**5], [1e9]])).round(decimals=1).T
+    tensor([[-2.9,  0.0,  2.9]])
+    """
+
+    knots: Tensor
+    fitted: Tensor
+
+    def __init__(self, num_features: int, num_quantiles: int = 257) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features is {num_features}; expected at least 1.")
+        if num_quantiles < 2:
+            raise ValueError(f"num_quantiles is {num_quantiles}; expected at least 2.")
+        self.num_features, self.num_quantiles = num_features, num_quantiles
+        self.register_buffer("knots", torch.linspace(-3, 3, num_quantiles).expand(num_features, -1).clone())
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Set the knots from training features, shape (N, F)."""
+        ordered = x.double().sort(0).values
+        position = torch.linspace(0, len(x) - 1, self.num_quantiles, dtype=torch.double, device=x.device)
+        lower = position.floor().long()
+        upper = (lower + 1).clamp_max(len(x) - 1)
+        self.knots.copy_(torch.lerp(ordered[lower], ordered[upper], (position - lower)[:, None]).T)
+        self.fitted.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (B, F) to scores (B, F) within the scores of the outermost knots."""
+        value, last = x.T.contiguous().to(self.knots.dtype), self.num_quantiles - 1
+        left = torch.searchsorted(self.knots, value)  # knots below the value
+        right = torch.searchsorted(self.knots, value, right=True)  # knots below or at it
+        index = (right - 1).clamp(0, last - 1)
+        y0, y1 = self.knots.gather(1, index), self.knots.gather(1, index + 1)
+        fraction = ((value - y0) / (y1 - y0).clamp_min(torch.finfo(y0.dtype).tiny)).clamp(0, 1)
+        middle = (left + right - 1).to(fraction.dtype) / 2
+        position = torch.where(right - left > 1, middle, index + fraction)
+        # The outermost ranks stand for half a knot, as the scores of the extremes of a normal sample do.
+        return torch.special.ndtri((position + 0.5) / (last + 1)).T
+
+
+class TableEncoder(nn.Module):
+    """Encoder for tables of numbers: quantile-normalised features, periodic embeddings, an MLP with dropout.
+
+    Args:
+        num_features: Columns F.
+        context_dim: Context channels C, the width of the hidden layers too.
+        depth: Hidden layers.
+        dropout: Dropout probability after each hidden layer.
+        num_frequencies: Periodic features per column; 0 for none.
+        frequency_scale: Standard deviation of their initial frequencies, in periods per standard deviation of the
+            feature.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Source:
+        Gorishniy et al., "On embeddings for numerical features in tabular deep learning", NeurIPS 2022.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        context_dim: int = 256,
+        depth: int = 2,
+        dropout: float = 0.2,
+        num_frequencies: int = 16,
+        frequency_scale: float = 0.2,
+    ) -> None:
+        super().__init__()
+        for name, number, smallest in (
+            ("num_features", num_features, 1), ("context_dim", context_dim, 1), ("depth", depth, 1),
+            ("num_frequencies", num_frequencies, 0),
+        ):  # fmt: skip
+            if number < smallest:
+                raise ValueError(f"{name} is {number}; expected at least {smallest}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1).")
+        self.num_features, self.context_dim, self.depth, self.dropout = num_features, context_dim, depth, dropout
+        self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        self.normalizer = QuantileNormalizer(num_features)
+        self.frequencies = nn.Parameter(2 * math.pi * frequency_scale * torch.randn(num_features, num_frequencies))
+        layers: list[nn.Module] = []
+        width = num_features * (2 * num_frequencies + 1)
+        for _ in range(depth):
+            layers += [nn.Linear(width, context_dim), nn.SiLU(), nn.Dropout(dropout)]
+            width = context_dim
+        self.layers = nn.Sequential(*layers)
+
+    @property
+    def fitted(self) -> Tensor:
+        """Whether the normaliser has seen the training features."""
+        return self.normalizer.fitted
+
+    def fit(self, x: Tensor) -> None:
+        """Fit the feature normaliser, x of shape (N, F)."""
+        self.normalizer.fit(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (B, F) to contexts (B, C).
+
+        Raises:
+            ValueError: If x has another number of columns.
+        """
+        if x.ndim != 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
+        scores = self.normalizer(x)
+        phase = scores[..., None] * self.frequencies
+        return self.layers(torch.cat([scores, phase.sin().flatten(1), phase.cos().flatten(1)], 1))

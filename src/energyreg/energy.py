@@ -1,0 +1,107 @@
+"""The energy function y → f(x, y) for a batch of contexts: all that objectives and inference see of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from energyreg.bases import Lebesgue, Marginal, ProposalBase
+
+__all__ = ["EnergyFunction"]
+
+
+class EnergyFunction:
+    r"""f(x, ·) in model space, for the B rows of a batch: f(x, z) = log base(z|x) + g(context, v(z)).
+
+    Args:
+        head: (context, v) to g, or None for g = 0.
+        context: Contexts, first dimension B.
+        base: Base measure.
+        q: The proposal q(y|x) of these rows, needed if it is the base.
+
+    >>> from energyreg.heads import SeparableHead
+    >>> f = EnergyFunction(SeparableHead(context_dim=8), torch.randn(5, 8), Marginal())
+    >>> f(torch.zeros(3, 5, 1)).shape
+    torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        head: nn.Module | Callable[[Tensor, Tensor], Tensor] | None,
+        context: Tensor,
+        base: Lebesgue | Marginal | ProposalBase,
+        q: Distribution | None = None,
+    ) -> None:
+        if isinstance(base, ProposalBase) and q is None:
+            raise ValueError("base is a ProposalBase, but q is None; the proposal must be given.")
+        self.head, self.context, self.base, self.q = head, context, base, q
+
+    @property
+    def reference(self) -> Lebesgue | Marginal:
+        """The unconditional measure whose unit coordinates the head sees and the quadrature integrates over."""
+        return self.base.reference if isinstance(self.base, ProposalBase) else self.base
+
+    @property
+    def batch_size(self) -> int:
+        """Rows B."""
+        return len(self.context)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether log Z = 0 for certain: there is no head, so that f is the log-density of the base."""
+        return self.head is None
+
+    def floats_per_point(self, shared: bool) -> int:
+        """Working memory of one value of f, in floats; what chunks are sized by."""
+        head = 1 if self.head is None else getattr(self.head, "floats_per_point", lambda shared: 2048)(shared)
+        mixture = 6 * getattr(getattr(self.q, "means", None), "shape", (0, 0))[1] if self.conditional else 0
+        return head + mixture
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the base is the proposal."""
+        return isinstance(self.base, ProposalBase)
+
+    def _g(self, u: Tensor) -> Tensor:
+        v = 2 * u - 1
+        shape = (*v.shape[:-2], self.batch_size)
+        if self.head is None:
+            return torch.zeros((), dtype=v.dtype, device=v.device).expand(shape)
+        g = self.head(self.context, v)
+        if g.shape != shape:
+            raise ValueError(
+                f"The head returned shape {tuple(g.shape)} for {self.batch_size} contexts and targets of shape "
+                f"{tuple(v.shape)}; expected {shape}, one value per target and row."
+            )
+        return g
+
+    def _log_q(self, z: Tensor) -> Tensor:
+        assert self.q is not None
+        with torch.no_grad() if self.base.detach and not z.requires_grad else nullcontext():
+            return self.q.log_prob(z)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""
+        g = self._g(self.reference.to_unit(z))
+        return (self._log_q(z) if self.conditional else self.reference.log_prob(z)) + g
+
+    def relative(self, u: Tensor) -> Tensor:
+        r"""Return f - log p₀ at unit coordinates of the reference p₀.
+
+        .. math:: Z = \int_{(0,1)^D} \exp(f - \log p_0) du
+
+        Args:
+            u: Unit coordinates, shape (*S, B, D), or (*S, 1, D) shared by all rows.
+
+        Returns:
+            The log-density relative to the reference, unnormalised, shape (*S, B).
+        """
+        g = self._g(u)
+        if not self.conditional:
+            return g
+        z = self.reference.from_unit(u)
+        return self._log_q(z) - self.reference.log_prob(z) + g

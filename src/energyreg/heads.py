@@ -1,0 +1,186 @@
+"""Energy heads on vectors: (context, v) to g, where v holds the target's unit coordinates scaled to (-1, 1).
+
+A head takes v of shape (*S, B, D) and returns (*S, B); v of shape (*S, 1, D) means targets shared by all rows. Any
+module that does so is a head. Both heads here start at g = 0, so that the model starts as its base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["JointHead", "SeparableHead", "TargetEmbedding"]
+
+
+class TargetEmbedding(nn.Module):
+    """Periodic features of the target's coordinates, with learned frequencies; whole harmonics for an angle.
+
+    Args:
+        dim: Target dimensions D.
+        periodic: Whether each dimension is an angle, so that the features agree at v = -1 and v = 1; none by default.
+        num_frequencies: Frequencies per dimension.
+        frequency_scale: Standard deviation of the initial frequencies, in periods per unit of v.
+
+    Source:
+        Gorishniy et al., "On embeddings for numerical features in tabular deep learning", NeurIPS 2022 (periodic
+        features).
+    """
+
+    harmonics: Tensor
+    angle: Tensor
+
+    def __init__(
+        self,
+        dim: int = 1,
+        periodic: Sequence[bool] | None = None,
+        num_frequencies: int = 16,
+        frequency_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.dim, self.periodic = dim, (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
+        self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        self.frequencies = nn.Parameter(2 * math.pi * frequency_scale * torch.randn(dim, num_frequencies))
+        harmonics = math.pi * torch.arange(1, num_frequencies + 1).float().expand(dim, -1)
+        self.register_buffer("harmonics", harmonics.clone(), persistent=False)
+        self.register_buffer("angle", torch.tensor(self.periodic)[:, None], persistent=False)
+        self.out_features = dim * (2 * num_frequencies + 1)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Map v of shape (*S, D) to features (*S, out_features)."""
+        if any(self.periodic):
+            phase = v[..., None] * torch.where(self.angle, self.harmonics, self.frequencies)
+            linear = torch.where(self.angle[:, 0], torch.zeros_like(v), v)
+        else:
+            phase, linear = v[..., None] * self.frequencies, v
+        return torch.cat([linear, phase.sin().flatten(-2), phase.cos().flatten(-2)], -1)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1.")
+
+
+class SeparableHead(nn.Module):
+    r"""The separable head g(x, y) = ⟨a(context), φ(y)⟩ + b(y).
+
+    For G targets shared by all B rows φ is evaluated G times, and all G x B values are one matrix product.
+
+    Args:
+        context_dim: Context channels C.
+        dim: Target dimensions D.
+        periodic: Whether each dimension is an angle; none by default.
+        channels: Length of a and φ.
+        width: Width of the hidden layers.
+        num_frequencies: Frequencies of the target's embedding per dimension.
+        frequency_scale: Their initial standard deviation, in periods per unit of v.
+
+    Raises:
+        ValueError: If a size is smaller than one.
+
+    >>> head = SeparableHead(context_dim=8)
+    >>> context, grid = torch.randn(5, 8), torch.linspace(-1, 1, 32)[:, None, None]
+    >>> head(context, grid).shape
+    torch.Size([32, 5])
+    """
+
+    def __init__(
+        self,
+        context_dim: int,
+        dim: int = 1,
+        periodic: Sequence[bool] | None = None,
+        channels: int = 128,
+        width: int = 128,
+        num_frequencies: int = 16,
+        frequency_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _check_sizes(context_dim=context_dim, dim=dim, channels=channels, width=width, num_frequencies=num_frequencies)
+        self.context_dim, self.dim, self.periodic = context_dim, dim, periodic if periodic is None else tuple(periodic)
+        self.channels, self.width = channels, width
+        self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        self.context_map = nn.Linear(context_dim, channels)
+        embedding = TargetEmbedding(dim, periodic, num_frequencies, frequency_scale)
+        self.target_map = nn.Sequential(
+            embedding,
+            nn.Linear(embedding.out_features, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, channels + 1),
+        )  # fmt: skip
+        nn.init.zeros_(self.context_map.weight)
+        nn.init.zeros_(self.context_map.bias)
+        last = self.target_map[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():  # b(y) = 0 at the start
+            last.weight[-1] = 0
+            last.bias[-1] = 0
+
+    def floats_per_point(self, shared: bool) -> int:
+        """Working memory of one value of g, in floats; what chunks are sized by."""
+        return 2 if shared else 4 * self.width
+
+    def forward(self, context: Tensor, v: Tensor) -> Tensor:
+        """Return g of shape (*S, B) for contexts (B, C) and coordinates (*S, B, D) or (*S, 1, D)."""
+        a = self.context_map(context) * (4 / math.sqrt(self.channels))
+        target = self.target_map(v)
+        phi, b = target[..., :-1], target[..., -1]
+        if v.shape[-2] == 1 and len(context) > 1:
+            return phi[..., 0, :] @ a.T + b
+        return (phi * a).sum(-1) + b
+
+
+class JointHead(nn.Module):
+    """The joint head: context and target mixed in a network, as in the papers.
+
+    The first layer is split into a projection of the context, once per x, and one of the target's embedding, once per
+    y.
+
+    Args:
+        context_dim: Context channels C.
+        dim: Target dimensions D.
+        periodic: Whether each dimension is an angle; none by default.
+        width: Width of the hidden layers.
+        depth: Residual layers after the first.
+        num_frequencies: Frequencies of the target's embedding per dimension.
+        frequency_scale: Their initial standard deviation, in periods per unit of v.
+
+    Raises:
+        ValueError: If a size is smaller than one.
+    """
+
+    def __init__(
+        self,
+        context_dim: int,
+        dim: int = 1,
+        periodic: Sequence[bool] | None = None,
+        width: int = 128,
+        depth: int = 2,
+        num_frequencies: int = 16,
+        frequency_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _check_sizes(context_dim=context_dim, dim=dim, width=width, depth=depth, num_frequencies=num_frequencies)
+        self.context_dim, self.dim, self.periodic = context_dim, dim, periodic if periodic is None else tuple(periodic)
+        self.width, self.depth = width, depth
+        self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        self.context_map = nn.Linear(context_dim, width)
+        embedding = TargetEmbedding(dim, periodic, num_frequencies, frequency_scale)
+        self.target_map = nn.Sequential(embedding, nn.Linear(embedding.out_features, width, bias=False))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.output = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def floats_per_point(self, shared: bool) -> int:
+        """Working memory of one value of g, in floats; what chunks are sized by."""
+        return 4 * self.width
+
+    def forward(self, context: Tensor, v: Tensor) -> Tensor:
+        """Return g of shape (*S, B) for contexts (B, C) and coordinates (*S, B, D) or (*S, 1, D)."""
+        hidden = functional.silu(self.context_map(context) + self.target_map(v))
+        for layer in self.layers:
+            hidden = hidden + functional.silu(layer(hidden))
+        return self.output(hidden)[..., 0]

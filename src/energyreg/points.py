@@ -1,0 +1,255 @@
+"""Weighted points: a set of points in target space with log-weights, from which everything about p(y|x) is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Cells", "WeightedPoints", "pareto_k"]
+
+
+def pareto_k(log_weights: Tensor) -> Tensor:
+    r"""Shape :math:`\hat k` of the generalised Pareto distribution fitted to the largest weights.
+
+    Below 0.5 the weights have a finite variance, below 0.7 estimates from them are still useful; above, they are not to
+    be trusted. The tail is the largest min(M / 5, 3 √M) weights.
+
+    Args:
+        log_weights: Log-weights, unnormalised, shape (M, B).
+
+    Returns:
+        The estimate for each column, shape (B,). 0 where the tail is constant (equal weights), NaN where fewer than 25
+        weights are too few for a fit.
+
+    Source:
+        Vehtari et al., "Pareto smoothed importance sampling", JMLR 2024; Zhang and Stephens, Technometrics 2009, with
+        the weak prior towards 0.5 of the former.
+
+    >>> pareto_k(torch.zeros(100, 2))
+    tensor([0., 0.])
+    """
+    m = len(log_weights)
+    tail = math.ceil(min(0.2 * m, 3 * math.sqrt(m)))
+    if m < 25:
+        return torch.full(log_weights.shape[1:], torch.nan, dtype=log_weights.dtype, device=log_weights.device)
+    top = log_weights.detach().double().topk(tail + 1, dim=0).values.flip(0)
+    weights = (top - top[-1]).exp()
+    excess = weights[1:] - weights[0]  # ascending, shape (tail, B)
+    constant = excess[-1] <= 1e-12
+    excess = torch.where(constant, torch.ones_like(excess), excess.clamp_min(1e-300))
+    # Profile likelihood on a data-driven grid of b = k / scale, then its posterior mean.
+    grid = 30 + int(math.sqrt(tail))
+    steps = 1 - (grid / (torch.arange(1, grid + 1, dtype=torch.double, device=top.device) - 0.5)).sqrt()
+    quartile = excess[max(int(tail / 4 + 0.5) - 1, 0)].clamp_min(1e-300)
+    b = steps[:, None] / (3 * quartile) + 1 / excess[-1]
+    k = torch.stack([torch.log1p(-row * excess).mean(0) for row in b])
+    profile = tail * ((-b / k).log() - k - 1)
+    b_mean = (profile.nan_to_num(-torch.inf).softmax(0) * b).sum(0)
+    k_hat = torch.log1p(-b_mean * excess).mean(0)
+    k_hat = (tail * k_hat + 5) / (tail + 10)
+    return torch.where(constant, torch.zeros_like(k_hat), k_hat).to(log_weights.dtype)
+
+
+@dataclass(frozen=True)
+class WeightedPoints:
+    r"""Points y_m with weights w_m that stand for the measure exp(f(x, y)) dy.
+
+    .. math:: \sum_m w_m h(y_m) \approx \int e^{f(x, y)} h(y) dy \quad \text{for any function } h
+
+    With samples of q, log w_m = f(y_m) - log q(y_m) - log M; with quadrature, f(y_m) plus the log-weight of the node.
+
+    Args:
+        y: Points, shape (M, B, D), or (M, 1, D) where all rows share them.
+        log_weights: Log-weights, shape (M, B).
+        independent: Whether the points are independent draws (importance sampling). Otherwise they are stratified or
+            deterministic nodes in order, and the error of log Z is judged from two interleaved halves of them.
+    """
+
+    y: Tensor
+    log_weights: Tensor
+    independent: bool = True
+
+    def __post_init__(self) -> None:
+        """Check that the shapes agree.
+
+        Raises:
+            ValueError: If the numbers of points or rows of y and log_weights differ.
+        """
+        expected = self.log_weights.shape
+        if (
+            self.y.ndim != 3
+            or len(expected) != 2
+            or len(self.y) != expected[0]
+            or self.y.shape[1] not in (1, expected[1])
+        ):
+            raise ValueError(
+                f"y has shape {tuple(self.y.shape)} and log_weights {tuple(expected)}; expected (M, B, D) or (M, 1, "
+                f"D), and (M, B)."
+            )
+
+    @property
+    def log_partition(self) -> Tensor:
+        """Estimate of log Z, shape (B,)."""
+        return self.log_weights.logsumexp(0)
+
+    @property
+    def log_partition_stderr(self) -> Tensor:
+        """Standard error of log Z, shape (B,).
+
+        For independent points from the variance of the weights (delta method). For ordered nodes half the difference
+        between the estimates of the even and the odd ones, which overstates the error of a rule that converges.
+        """
+        if self.independent:
+            m = len(self.log_weights)
+            relative = self.log_normalised_weights.exp() * m
+            return ((relative - 1).square().sum(0) / (m * (m - 1) or math.nan)).sqrt()
+        half = len(self.log_weights) // 2 * 2
+        return (self.log_weights[0:half:2].logsumexp(0) - self.log_weights[1:half:2].logsumexp(0)).abs() / 2
+
+    @property
+    def log_normalised_weights(self) -> Tensor:
+        """Log-weights that sum to one over the points, shape (M, B)."""
+        return self.log_weights - self.log_partition
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """Kish's effective sample size, between 1 and M, shape (B,)."""
+        return (-(2 * self.log_normalised_weights).logsumexp(0)).exp()
+
+    @property
+    def pareto_k(self) -> Tensor:
+        """Pareto shape of the weights' tail, shape (B,); see :func:`pareto_k`."""
+        return pareto_k(self.log_weights)
+
+    def expectation(self, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Self-normalised mean of a function of y under p(y|x).
+
+        Args:
+            function: Maps points (M, B, D) to values (M, B, ...); the identity by default.
+
+        Returns:
+            The mean, shape (B, ...).
+        """
+        values = self.y if function is None else function(self.y)
+        weights = self.log_normalised_weights.exp()
+        weights = weights.reshape(weights.shape + (1,) * (values.ndim - 2))
+        return (weights * values).sum(0)
+
+    def indices_at(self, uniforms: Tensor) -> Tensor:
+        """Indices of points by the inverse of the discrete cdf over their order.
+
+        Args:
+            uniforms: Numbers in [0, 1), shape (S, B).
+
+        Returns:
+            Indices, shape (S, B).
+        """
+        cumulative = self.log_normalised_weights.exp().double().cumsum(0).T.contiguous()
+        # Scaled by the last sum, which rounding leaves near one, so that no index can fall beyond the end.
+        scaled = uniforms.T.to(cumulative) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, scaled.contiguous(), right=True).clamp_max(cumulative.shape[1] - 1).T
+
+    def resample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw points with replacement, in proportion to their weights.
+
+        Args:
+            num_samples: How many per row.
+            generator: Source of randomness; torch's global one by default.
+
+        Returns:
+            Points, shape (num_samples, B, D): approximate samples of p(y|x).
+
+        Source:
+            Gustafsson et al., AISTATS 2022 (samples by resampling from the learned proposal).
+        """
+        shape = (num_samples, self.log_weights.shape[1])
+        index = self.indices_at(
+            torch.rand(shape, generator=generator, dtype=torch.double, device=self.log_weights.device)
+        )
+        y = self.y.expand(-1, index.shape[1], -1)
+        return y.gather(0, index[..., None].expand(-1, -1, y.shape[-1]))
+
+    def quantiles(self, levels: Tensor) -> Tensor:
+        """Quantiles of each dimension's marginal.
+
+        Args:
+            levels: Probabilities, shape (L, B).
+
+        Returns:
+            The smallest point whose cumulative weight reaches the level, shape (L, B, D).
+        """
+        weights = self.log_normalised_weights.exp().double()
+        y = self.y.expand(-1, weights.shape[1], -1)
+        ordered, order = y.sort(0)
+        cumulative = weights[..., None].expand(y.shape).gather(0, order).cumsum(0)
+        cumulative = (cumulative / cumulative[-1]).permute(1, 2, 0).contiguous()  # (B, D, M)
+        targets = levels.T[:, None].expand(-1, y.shape[-1], -1).to(cumulative).contiguous()
+        index = torch.searchsorted(cumulative, targets).clamp_max(len(y) - 1)
+        return ordered.gather(0, index.permute(2, 0, 1))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Weighted points in one dimension with the cells that they stand for, in unit coordinates: a histogram.
+
+    Args:
+        edges: Ascending edges of the cells from 0 to 1, shape (G + 1,), shared by all rows, or (G + 1, B).
+        centres: The point within each cell where the energy was evaluated, shape (G,) or (G, B).
+        log_masses: Unnormalised log-masses of the cells, shape (G, B).
+    """
+
+    edges: Tensor
+    centres: Tensor
+    log_masses: Tensor
+
+    @property
+    def log_partition(self) -> Tensor:
+        """Log Z, shape (B,)."""
+        return self.log_masses.logsumexp(0)
+
+    @property
+    def log_partition_stderr(self) -> Tensor:
+        """Half the disagreement of two interleaved halves on log Z, shape (B,)."""
+        return WeightedPoints(
+            self.centres.reshape(len(self.centres), -1, 1), self.log_masses, False
+        ).log_partition_stderr
+
+    @property
+    def log_widths(self) -> Tensor:
+        """Logarithms of the cells' widths, shape (G, 1) or (G, B), in double precision."""
+        widths = self.edges.diff(dim=0).clamp_min(1e-300).log()
+        return widths if widths.ndim == 2 else widths[:, None]
+
+    @property
+    def masses(self) -> Tensor:
+        """Masses that sum to one, shape (G, B)."""
+        return self.log_masses.softmax(0)
+
+    def _cumulative(self) -> Tensor:
+        cumulative = self.masses.double().cumsum(0)
+        return torch.cat([torch.zeros_like(cumulative[:1]), cumulative / cumulative[-1]]).T.contiguous()  # (B, G + 1)
+
+    def _row_edges(self) -> Tensor:
+        edges = self.edges if self.edges.ndim == 2 else self.edges[:, None].expand(-1, self.log_masses.shape[1])
+        return edges.T  # (B, G + 1)
+
+    @staticmethod
+    def _interpolate(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
+        """Piecewise linear y(x), row by row: x and y of shape (B, G + 1), x ascending, values (S, B)."""
+        x, y, value = x.double(), y.double(), value.double().T.contiguous()
+        index = torch.searchsorted(x.contiguous(), value, right=True).sub_(1).clamp_(0, x.shape[1] - 2)
+        x0, x1, y0, y1 = x.gather(1, index), x.gather(1, index + 1), y.gather(1, index), y.gather(1, index + 1)
+        fraction = ((value - x0) / (x1 - x0).clamp_min(1e-300)).clamp(0, 1)
+        return torch.lerp(y0, y1, fraction).T
+
+    def cdf(self, u: Tensor) -> Tensor:
+        """Cumulative distribution function at unit coordinates, (S, B) to (S, B), in double precision."""
+        return self._interpolate(self._row_edges(), self._cumulative(), u)
+
+    def icdf(self, level: Tensor) -> Tensor:
+        """Unit coordinates at cumulative probabilities, (S, B) to (S, B), in double precision."""
+        return self._interpolate(self._cumulative(), self._row_edges(), level)

@@ -1,0 +1,711 @@
+"""The predictive distribution p(y|x): a torch distribution in user units, computed from weighted points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from energyreg.energy import EnergyFunction
+from energyreg.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
+from energyreg.points import Cells, WeightedPoints, pareto_k
+from energyreg.proposals import GaussianMixture
+from energyreg.refine import refine
+from energyreg.spaces import Circle, Product, TargetSpace
+
+__all__ = ["Diagnostics", "HighestDensityRegion", "PredictiveDistribution"]
+
+Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSampling
+Rows: TypeAlias = slice | Tensor
+
+BLOCK = 64
+"""Rows whose samples come from one seed where the proposal cannot share points, so that chunks change nothing."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """How far the numbers of a predictive distribution can be trusted, per row.
+
+    Attributes:
+        log_partition: Estimate of log Z(x), shape (B,).
+        log_partition_stderr: Its standard error (for quadrature, half the disagreement of two interleaved halves),
+            shape (B,).
+        effective_sample_size: Kish's effective number of points, shape (B,).
+        pareto_k: Shape of the weights' tail, shape (B,); above 0.7 do not trust the row. See
+            :func:`energyreg.points.pareto_k`.
+        num_points: Points per row.
+    """
+
+    log_partition: Tensor
+    log_partition_stderr: Tensor
+    effective_sample_size: Tensor
+    pareto_k: Tensor
+    num_points: int
+
+
+@dataclass(frozen=True)
+class HighestDensityRegion:
+    """The smallest region with a given probability, per row.
+
+    Attributes:
+        level: Probability of the region.
+        log_threshold: The region is where log p(y|x) is at least this, in nats and user units, shape (B,).
+        intervals: For D = 1 the region of each row as a union of intervals, a list of B tensors (k, 2); else None. On a
+            circle an interval that crosses the cut has an upper end beyond the range.
+        distribution: Where it comes from.
+    """
+
+    level: float
+    log_threshold: Tensor
+    intervals: list[Tensor] | None
+    distribution: PredictiveDistribution
+
+    def contains(self, y: Any) -> Tensor:
+        """Whether each y, shape (*S, B, D), lies in the region of its row, shape (*S, B)."""
+        return self.distribution.log_prob(y) >= self.log_threshold
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A block of rows with its energy function and what was computed from it."""
+
+    rows: slice
+    f: EnergyFunction
+    points: WeightedPoints  # in model space; shared by all rows where its second dimension is 1
+    cells: Cells | None = None  # D = 1 by adaptive quadrature
+
+    @property
+    def log_weights(self) -> Tensor:
+        return self.points.log_weights
+
+    @property
+    def masses(self) -> Tensor:
+        """Probabilities of the points, shape (M, B)."""
+        return self.log_weights.softmax(0)
+
+    @property
+    def z(self) -> Tensor:
+        """Points in model space, shape (M, B, D) or (M, 1, D)."""
+        return self.points.y
+
+    @property
+    def log_partition(self) -> Tensor:
+        """Log Z, shape (B,); exactly 0 where f is the log-density of the base."""
+        log_z = self.points.log_partition
+        return torch.zeros_like(log_z) if self.f.normalised else log_z
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; expected a probability between 0 and 1.")
+
+
+class PredictiveDistribution(Distribution):
+    """p(y|x) for B rows of x, in user units.
+
+    In one dimension everything is deterministic: adaptive quadrature, and a cdf that is linear within its cells. In
+    more, points come from the proposal (or, without one, from a grid) and the same seed gives the same result. Work is
+    done in chunks of rows within a memory budget, which do not change the result. Nothing here carries a gradient,
+    except `log_prob` and `prob` of a model in training mode.
+
+    Made by calling a model.
+
+    Args:
+        energy: Gives the energy function of some rows.
+        num_rows: B.
+        space: Target space.
+        integrator: How points are made.
+        differentiable: Whether `log_prob` carries a gradient.
+        dtype: Of what is returned.
+        device: Of what is returned.
+        seed: Of the points, where they are random.
+        memory_budget: Working memory in bytes that chunks are sized by.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+    has_rsample = False
+
+    def __init__(
+        self,
+        energy: Callable[[Rows], EnergyFunction],
+        num_rows: int,
+        space: TargetSpace,
+        integrator: Integrator,
+        *,
+        differentiable: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        memory_budget: int = 256 * 2**20,
+    ) -> None:
+        if isinstance(integrator, AdaptiveQuadrature) and space.dim != 1:
+            raise ValueError(f"AdaptiveQuadrature is for one dimension, but the target has {space.dim}.")
+        if isinstance(integrator, StratifiedQuadrature) and space.dim > 2:
+            raise ValueError(f"Quadrature is for at most two dimensions, but the target has {space.dim}.")
+        self._energy, self._space, self.integrator = energy, space, integrator
+        self._differentiable, self._dtype, self._device = differentiable, dtype, torch.device(device)
+        self._seed, self._budget = seed, memory_budget
+        self._cached: list[_Chunk] | None = None
+        super().__init__(torch.Size([num_rows]), torch.Size([space.dim]), validate_args=False)
+
+    def __repr__(self) -> str:
+        """Shapes, space and integrator."""
+        return (
+            f"PredictiveDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}, "
+            f"space={self._space}, integrator={self.integrator})"
+        )
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real vectors; points outside the target space have log-density -inf."""
+        return constraints.real_vector
+
+    @property
+    def _dim(self) -> int:
+        return self.event_shape[0]
+
+    @property
+    def _rows(self) -> int:
+        return self.batch_shape[0]
+
+    # Chunks ----------------------------------------------------------------------------------------------------------
+
+    def _chunk_size(self) -> int:
+        f = self._energy(slice(0, 1))
+        if isinstance(self.integrator, ImportanceSampling):
+            count, shared = self.integrator.num_samples, False
+            if not isinstance(f.q, GaussianMixture):
+                return BLOCK
+        else:
+            count, shared = self.integrator.num_nodes, True
+        # Besides the energy itself: weights, masses and cumulative sums in double precision.
+        floats = count * (f.floats_per_point(shared) + 16 + 4 * self._dim)
+        size = max(self._budget // (4 * floats), 1)
+        return size if size < BLOCK else size // BLOCK * BLOCK
+
+    def _chunks(self) -> list[_Chunk] | map[_Chunk]:
+        """The chunks; kept for the next question where a single one holds all rows."""
+        if self._cached is not None:
+            return self._cached
+        size = self._chunk_size()
+        slices = [slice(start, min(start + size, self._rows)) for start in range(0, self._rows, size)]
+        if len(slices) == 1:
+            self._cached = [self._compute(slices[0])]
+            return self._cached
+        return map(self._compute, slices)
+
+    def _compute(self, rows: slice) -> _Chunk:
+        f = self._energy(rows)
+        if isinstance(self.integrator, AdaptiveQuadrature):
+            cells = self._adapt(f, rows, self.integrator.shared_cells(f))
+            centres = cells.centres.reshape(len(cells.centres), -1, 1)
+            points = WeightedPoints(f.reference.from_unit(centres), cells.log_masses, independent=False)
+            return _Chunk(rows, f, points, cells=cells)
+        if isinstance(self.integrator, StratifiedQuadrature):
+            return _Chunk(rows, f, replace(self.integrator, jitter=False)(f))
+        # Points shared by all rows need one seed; others get one per block of rows.
+        shared = isinstance(f.q, GaussianMixture)
+        generator = torch.Generator().manual_seed(self._seed if shared else self._seed + rows.start)
+        sampler = ImportanceSampling(self.integrator.num_samples, self.integrator.stratified, quasi_random=shared)
+        return _Chunk(rows, f, sampler(f, f.q, generator=generator))
+
+    def _adapt(self, f: EnergyFunction, rows: slice, cells: Cells) -> Cells:
+        assert isinstance(self.integrator, AdaptiveQuadrature)
+        if f.head is None and not f.conditional:
+            return cells
+        pending = self.integrator.needs_refinement(f, cells).nonzero()[:, 0]
+        if not len(pending):
+            return cells
+        count = len(cells.log_masses)
+        edges = cells._row_edges().T.clone()
+        centres = cells.centres[:, None].repeat(1, f.batch_size)
+        log_masses = cells.log_masses.clone()
+        floats = count * (f.floats_per_point(False) + 32)
+        block = max(self._budget // (4 * floats), 1)
+        for step in range(self.integrator.max_refinements):
+            still = []
+            for index in pending.split(block):
+                part = self._energy(index + rows.start)
+                refined = self.integrator.own_cells(
+                    part, Cells(edges[:, index], centres[:, index], log_masses[:, index])
+                )
+                before = Cells(edges[:, index], centres[:, index], log_masses[:, index]).log_partition_stderr
+                after = refined.log_partition_stderr
+                # The first cells may have missed a peak and agreed on that; later ones must do better to stay.
+                better = torch.ones_like(after, dtype=torch.bool) if step == 0 else ~(after >= before)
+                kept = index[better]
+                edges[:, kept], centres[:, kept] = refined.edges[:, better], refined.centres[:, better]
+                log_masses = log_masses.index_copy(1, kept, refined.log_masses[:, better])
+                still.append(kept[~(after[better] <= self.integrator.tolerance)])
+            pending = torch.cat(still)
+            if not len(pending):
+                break
+        return Cells(edges, centres, log_masses)
+
+    def _gather(self, function: Callable[[_Chunk], Tensor], dim: int = 0) -> Tensor:
+        """Apply a function to each chunk and join the results along their row dimension."""
+        with torch.no_grad():
+            parts = [function(chunk) for chunk in self._chunks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    # Input -----------------------------------------------------------------------------------------------------------
+
+    def _as_target(self, y: Any, name: str = "y") -> Tensor:
+        """Targets as a tensor that broadcasts to (*S, B, D)."""
+        y = torch.as_tensor(y)
+        if not y.is_floating_point():
+            y = y.to(self._dtype)
+        y = y.to(self._device)
+        if self._dim == 1 and y.ndim <= 1:
+            y = y[..., None]
+        if y.ndim < 1 or y.shape[-1] != self._dim or (y.ndim > 1 and y.shape[-2] not in (1, self._rows)):
+            short = f", or ({self._rows},)" if self._dim == 1 else ""
+            raise ValueError(
+                f"{name} has shape {tuple(y.shape)}; expected (*S, {self._rows}, {self._dim}){short} for {self._rows} "
+                f"rows of x "
+                f"and {self._dim} target dimension(s)."
+            )
+        if y.ndim == 1:
+            y = y[None]
+        return y.expand(*y.shape[:-2], self._rows, self._dim)
+
+    def _as_levels(self, value: Any, name: str) -> Tensor:
+        """Values per row that broadcast to (*S, B)."""
+        value = torch.as_tensor(value).to(self._device)
+        if not value.is_floating_point():
+            value = value.to(self._dtype)
+        try:
+            return value.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        except RuntimeError:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, which does not broadcast to (*S, {self._rows}) for "
+                f"{self._rows} rows."
+            ) from None
+
+    def _one_dimensional(self, what: str) -> None:
+        if self._dim != 1:
+            raise NotImplementedError(f"{what} is for one target dimension; this target has {self._dim}.")
+
+    # Density ---------------------------------------------------------------------------------------------------------
+
+    def log_prob(self, value: Any) -> Tensor:
+        """Log-density in nats and user units.
+
+        Args:
+            value: Targets in user units, shape (*S, B, D), or (B,) for D = 1.
+
+        Returns:
+            Shape (*S, B); -inf outside the target space.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        y = self._as_target(value)
+        if self._differentiable and torch.is_grad_enabled():
+            chunks = [self._compute(slice(0, self._rows))]
+            return self._chunk_log_prob(chunks[0], y)
+        return self._gather(lambda chunk: self._chunk_log_prob(chunk, y[..., chunk.rows, :]), -1)
+
+    def _chunk_log_prob(self, chunk: _Chunk, y: Tensor) -> Tensor:
+        inside = self._space.contains(y)
+        # Points outside take part with some point inside, so that no NaN arises, and are set to -inf at the end.
+        z = self._space.to_model(y).to(self._dtype)
+        log_prob = chunk.f(z) - chunk.log_partition + self._space.log_abs_det_jacobian(y).to(self._dtype)
+        return torch.where(inside, log_prob, torch.full_like(log_prob, -torch.inf))
+
+    def prob(self, value: Any) -> Tensor:
+        """Density in user units, shape (*S, B); see `log_prob`."""
+        return self.log_prob(value).exp()
+
+    # One dimension: the cdf and its inverse --------------------------------------------------------------------------
+
+    def _unit(self, chunk: _Chunk, y: Tensor) -> Tensor:
+        """Unit coordinates of user values, (S, B) to (S, B)."""
+        return chunk.f.reference.to_unit(self._space.to_model(y[..., None]).to(self._dtype))[..., 0]
+
+    def _angle_level(self, chunk: _Chunk, z: Tensor) -> Tensor:
+        """Probability between the cut of the model's circle and the angle z, (B,) to (1, B)."""
+        assert chunk.cells is not None
+        return chunk.cells.cdf(chunk.f.reference.to_unit(z[:, None].to(self._dtype)).T)
+
+    def _start_level(self, chunk: _Chunk) -> Tensor:
+        """The same for the cut of the user's circle, shape (1, B)."""
+        circle = self._space.spaces[0] if isinstance(self._space, Product) else self._space
+        assert isinstance(circle, Circle)
+        low = torch.full((chunk.f.batch_size, 1), circle.low, dtype=torch.double, device=self._device)
+        return self._angle_level(chunk, self._space.to_model(low)[:, 0])
+
+    def _model_quantiles(self, chunk: _Chunk, level: Tensor) -> Tensor:
+        """Model-space values at levels in double precision, (S, B) to (S, B); D = 1 with cells."""
+        assert chunk.cells is not None
+        return chunk.f.reference.from_unit(chunk.cells.icdf(level)[..., None].to(self._dtype))[..., 0]
+
+    def cdf(self, value: Any) -> Tensor:
+        """Cumulative distribution function for D = 1; on a circle from the lower end of its range on.
+
+        Args:
+            value: Targets in user units, shape (*S, B, 1), or (B,).
+
+        Returns:
+            Probabilities, shape (*S, B).
+
+        Raises:
+            NotImplementedError: If D > 1.
+        """
+        self._one_dimensional("cdf")
+        y = self._as_target(value)[..., 0]
+        flat = y.reshape(-1, self._rows)
+        result = self._gather(lambda chunk: self._chunk_cdf(chunk, flat[:, chunk.rows]), -1)
+        return result.reshape(y.shape).to(self._dtype)
+
+    def _chunk_cdf(self, chunk: _Chunk, y: Tensor) -> Tensor:
+        if chunk.cells is None:
+            points, weights = self._space.to_user(chunk.points.y)[..., 0], chunk.masses
+            return torch.stack([(weights * (points <= row)).sum(0) for row in y])
+        level = chunk.cells.cdf(self._unit(chunk, y))
+        if self._space.periodic[0]:
+            return (level - self._start_level(chunk)).remainder(1)
+        # Beyond the space the cdf is 0 or 1, whichever side the point is on.
+        middle = self._space.to_user(torch.zeros(1, 1, dtype=torch.double, device=self._device))[0, 0]
+        return torch.where(self._space.contains(y[..., None]), level, (y > middle).double())
+
+    def icdf(self, value: Any) -> Tensor:
+        """Inverse of `cdf` for D = 1.
+
+        Args:
+            value: Probabilities in [0, 1] that broadcast to (*S, B).
+
+        Returns:
+            Targets in user units, shape (*S, B).
+
+        Raises:
+            NotImplementedError: If D > 1.
+            ValueError: If a value lies outside [0, 1].
+        """
+        self._one_dimensional("icdf")
+        level = self._as_levels(value, "value")
+        if not bool(((level >= 0) & (level <= 1)).all()):
+            raise ValueError("value holds numbers outside [0, 1]; expected probabilities.")
+        flat = level.reshape(-1, self._rows)
+        result = self._gather(lambda chunk: self._chunk_icdf(chunk, flat[:, chunk.rows]), -1)
+        return result.reshape(level.shape).to(self._dtype)
+
+    def _chunk_icdf(self, chunk: _Chunk, level: Tensor) -> Tensor:
+        if chunk.cells is None:
+            points = WeightedPoints(self._space.to_user(chunk.points.y), chunk.log_weights)
+            return points.quantiles(level)[..., 0]
+        level = level.double()
+        if self._space.periodic[0]:
+            level = (level + self._start_level(chunk)).remainder(1)
+        return self._space.to_user(self._model_quantiles(chunk, level)[..., None])[..., 0]
+
+    def quantile(self, level: Any) -> Tensor:
+        """Quantiles for D = 1.
+
+        Args:
+            level: Probability, or several, shape (L,).
+
+        Returns:
+            Targets in user units, shape (B,), or (L, B).
+
+        Raises:
+            NotImplementedError: If D > 1; see `interval`.
+        """
+        level = torch.as_tensor(level, dtype=torch.double)
+        return self.icdf(level[..., None].expand(*level.shape, self._rows))
+
+    # Summaries -------------------------------------------------------------------------------------------------------
+
+    def _angles(self) -> Tensor:
+        return torch.tensor(self._space.periodic, device=self._device)
+
+    def _model_mean(self, chunk: _Chunk) -> Tensor:
+        """Mean in model space, for angles the direction of the mean vector, shape (B, D)."""
+        weights, z = chunk.masses[..., None], chunk.z
+        if not any(self._space.periodic):
+            return (weights * z).sum(0)
+        circular = torch.atan2((weights * z.sin()).sum(0), (weights * z.cos()).sum(0))
+        return torch.where(self._angles(), circular, (weights * z).sum(0))
+
+    def _chunk_mean(self, chunk: _Chunk) -> Tensor:
+        y = self._space.to_user(chunk.z)
+        if y.shape[1] == 1 and len(chunk.masses):
+            mean = chunk.masses.T.to(y.dtype) @ y[:, 0]
+        else:
+            mean = (chunk.masses[..., None] * y).sum(0)
+        if any(self._space.periodic):
+            mean = torch.where(self._angles(), self._space.to_user(self._model_mean(chunk)), mean)
+        return mean
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean in user units, shape (B, D); on a circle the direction of the mean vector."""
+        return self._gather(self._chunk_mean).to(self._dtype)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance in squared user units, shape (B, D); on a circle that of the arc to the mean."""
+
+        def variance(chunk: _Chunk) -> Tensor:
+            deviation = self._space.to_user(chunk.z) - self._chunk_mean(chunk)
+            if any(self._space.periodic):
+                arc = (chunk.z - self._model_mean(chunk) + math.pi).remainder(2 * math.pi) - math.pi
+                deviation = torch.where(self._angles(), arc * self._space.scale, deviation)
+            return (chunk.masses[..., None] * deviation.square()).sum(0)
+
+        return self._gather(variance).to(self._dtype)
+
+    @property
+    def median(self) -> Tensor:
+        """Median of each dimension, shape (B, D); on a circle counted from opposite the mean."""
+        return self._central([0.5])[0]
+
+    def interval(self, level: float = 0.9) -> Tensor:
+        """Equal-tailed interval of each dimension's marginal.
+
+        Args:
+            level: Probability of the interval.
+
+        Returns:
+            Lower and upper end in user units, shape (B, 2) for D = 1, else (B, D, 2). On a circle the arc from the
+            lower to the upper end, cut opposite the mean; its upper end may lie beyond the range.
+
+        Raises:
+            ValueError: If the level is not in (0, 1).
+        """
+        _check_level(level)
+        ends = self._central([(1 - level) / 2, (1 + level) / 2])
+        return torch.stack([ends[0], ends[1]], -1).squeeze(1) if self._dim == 1 else torch.stack([ends[0], ends[1]], -1)
+
+    def _central(self, levels: list[float]) -> Tensor:
+        """Quantiles of each dimension in user units, shape (L, B, D), on a circle counted from opposite the mean."""
+
+        def quantiles(chunk: _Chunk) -> Tensor:
+            rows = torch.tensor(levels, dtype=torch.double, device=self._device)[:, None].expand(-1, chunk.f.batch_size)
+            if not any(self._space.periodic):
+                if chunk.cells is not None:
+                    return self._space.to_user(self._model_quantiles(chunk, rows)[..., None])
+                return self._space.to_user(WeightedPoints(chunk.points.y, chunk.log_weights).quantiles(rows))
+            middle = self._model_mean(chunk)
+            if chunk.cells is not None:
+                opposite = (middle[:, 0] + 2 * math.pi).remainder(2 * math.pi) - math.pi
+                level = (rows + self._angle_level(chunk, opposite)).remainder(1)
+                z = self._model_quantiles(chunk, level)[..., None]
+            else:
+                wrapped = (chunk.points.y - middle + math.pi).remainder(2 * math.pi) - math.pi
+                shifted = torch.where(self._angles(), wrapped, chunk.points.y)
+                z = WeightedPoints(shifted, chunk.log_weights).quantiles(rows)
+                z = torch.where(self._angles(), (z + middle + math.pi).remainder(2 * math.pi) - math.pi, z)
+            y = self._space.to_user(z)
+            # Every angle is reported beyond the first by the length of the arc between them, whatever cut lies inside.
+            arc = (z - z[:1]).remainder(2 * math.pi) * self._space.scale
+            return torch.where(self._angles(), y[:1] + arc, y)
+
+        return self._gather(quantiles, 1).to(self._dtype)
+
+    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw samples in user units.
+
+        For D = 1 by the inverse of the cdf. For D > 1 by resampling the weighted points with replacement (within its
+        cell where the points are a grid), so that many more samples than points repeat themselves; raise the
+        integrator's num_samples then.
+
+        Args:
+            sample_shape: Leading shape S.
+            generator: Source of randomness, on the CPU; torch's global one by default.
+
+        Returns:
+            Samples, shape (*S, B, D).
+        """
+        shape = torch.Size(sample_shape)
+        count = shape.numel()
+        uniforms = torch.rand((count, self._rows), generator=generator, dtype=torch.double).to(self._device)
+        grid = isinstance(self.integrator, StratifiedQuadrature)
+        offsets = torch.rand((count, self._rows, self._dim), generator=generator).to(self._device) if grid else None
+
+        def draw(chunk: _Chunk) -> Tensor:
+            level = uniforms[:, chunk.rows]
+            if chunk.cells is not None:
+                z = self._model_quantiles(chunk, level)[..., None]
+            else:
+                index = WeightedPoints(chunk.points.y, chunk.log_weights).indices_at(level)
+                if offsets is not None:
+                    z = self._within_cell(chunk.f, index, offsets[:, chunk.rows])
+                else:
+                    z = chunk.points.y.gather(0, index[..., None].expand(-1, -1, self._dim))
+            return self._space.to_user(z)
+
+        return self._gather(draw, 1).to(self._dtype).reshape(*shape, self._rows, self._dim)
+
+    def _within_cell(self, f: EnergyFunction, index: Tensor, offset: Tensor) -> Tensor:
+        """Model values of points spread over their grid cells: index (S, B) and offset (S, B, D) in (0, 1)."""
+        assert isinstance(self.integrator, StratifiedQuadrature)
+        n = self.integrator.per_dimension(self._dim)
+        powers = n ** torch.arange(self._dim - 1, -1, -1, device=index.device)  # the last dimension runs fastest
+        t = (index[..., None] // powers % n + offset) / n
+        return f.reference.from_unit(self.integrator.unit(t.to(self._dtype), f)[0])
+
+    # Modes and regions -----------------------------------------------------------------------------------------------
+
+    def _user_density(self, f: EnergyFunction, z: Tensor) -> Tensor:
+        """Log-density in user units up to log Z at model values, (S, B, D) to (S, B)."""
+        return f(z) + self._space.log_abs_det_jacobian(self._space.to_user(z)).to(self._dtype)
+
+    def _point_density(self, chunk: _Chunk) -> Tensor:
+        """The same at the chunk's own points, shape (M, B)."""
+        if chunk.cells is None:
+            return self._user_density(chunk.f, chunk.points.y)
+        relative = chunk.cells.log_masses - chunk.cells.log_widths.to(self._dtype)
+        z = chunk.z.to(self._dtype)
+        jacobian = self._space.log_abs_det_jacobian(self._space.to_user(z)).to(self._dtype)
+        return relative + chunk.f.reference.log_prob(z) + jacobian
+
+    @property
+    def mode(self) -> Tensor:
+        """Highest mode of the density in user units, shape (B, D): the best point, refined on f."""
+
+        def climb(chunk: _Chunk) -> Tensor:
+            density = self._point_density(chunk)
+            best = density.argmax(0)
+            if chunk.cells is not None:
+                return self._space.to_user(self._zoom(chunk, best)[:, None])
+            z = chunk.z.to(self._dtype).expand(-1, chunk.f.batch_size, -1)
+            start = z.gather(0, best[None, :, None].expand(1, -1, self._dim))[0]
+            spread = (
+                (chunk.masses[..., None] * (z - self._model_mean(chunk)).square())
+                .sum(0)
+                .clamp(1e-8, 1.0)
+                .to(self._dtype)
+            )
+            found = refine(lambda z: self._user_density(chunk.f, z), start, num_steps=50, step_size=spread / 2)
+            found = torch.where(self._angles(), (found + math.pi).remainder(2 * math.pi) - math.pi, found)
+            return self._space.to_user(found)
+
+        return self._gather(climb).to(self._dtype)
+
+    def _zoom(self, chunk: _Chunk, best: Tensor) -> Tensor:
+        """Narrow the bracket around the best cell (B,) by grids of nine points; model values, shape (B,)."""
+        assert chunk.cells is not None
+        centres = chunk.cells.centres.double()
+        centres = centres if centres.ndim == 2 else centres[:, None].expand(-1, len(best))
+        padded = torch.cat([torch.zeros_like(centres[:1]), centres, torch.ones_like(centres[:1])])
+        low, high = padded.gather(0, best[None])[0], padded.gather(0, best[None] + 2)[0]
+        steps = torch.linspace(0, 1, 9, dtype=torch.double, device=low.device)[:, None]
+        for _ in range(3):
+            z = chunk.f.reference.from_unit(torch.lerp(low, high, steps)[..., None].to(self._dtype))
+            index = self._user_density(chunk.f, z).argmax(0, keepdim=True)
+            grid = torch.lerp(low, high, steps)
+            low = grid.gather(0, (index - 1).clamp_min(0))[0]
+            high, middle = grid.gather(0, (index + 1).clamp_max(8))[0], grid.gather(0, index)[0]
+        return chunk.f.reference.from_unit(middle[:, None].to(self._dtype))[:, 0]
+
+    def highest_density_region(self, level: float = 0.9) -> HighestDensityRegion:
+        """The smallest region in user units with the given probability.
+
+        Args:
+            level: Probability of the region.
+
+        Returns:
+            For D = 1 with a union of intervals per row; for D > 1 as a threshold on the density.
+
+        Raises:
+            ValueError: If the level is not in (0, 1).
+        """
+        _check_level(level)
+        thresholds, intervals = [], []
+        with torch.no_grad():
+            for chunk in self._chunks():
+                density, masses = self._point_density(chunk), chunk.masses
+                ordered, order = density.sort(0, descending=True)
+                cumulative = masses.gather(0, order).cumsum(0)
+                last = (cumulative < level * cumulative[-1]).sum(0, keepdim=True).clamp_max(len(density) - 1)
+                threshold = ordered.gather(0, last)[0]
+                thresholds.append(threshold - chunk.log_partition)
+                if chunk.cells is not None:
+                    intervals += self._intervals(chunk, density, threshold)
+        return HighestDensityRegion(level, torch.cat(thresholds), intervals if intervals else None, self)
+
+    def _intervals(self, chunk: _Chunk, density: Tensor, threshold: Tensor) -> list[Tensor]:
+        """The runs of cells at or above the threshold as intervals in user units, one tensor (k, 2) per row."""
+        assert chunk.cells is not None
+        inside = (density >= threshold).T  # (B, G)
+        rows, count = inside.shape
+        circle = self._space.periodic[0]
+        padding = torch.zeros(rows, 1, dtype=torch.bool, device=inside.device)
+        starts = inside & ~torch.cat([inside[:, -1:] if circle else padding, inside[:, :-1]], 1)
+        stops = inside & ~torch.cat([inside[:, 1:], inside[:, :1] if circle else padding], 1)
+        whole = inside.all(1)  # a circle all inside has no border; it is cut where the model is
+        starts[:, 0] |= whole
+        stops[:, -1] |= whole
+        centres = (
+            chunk.cells.centres if chunk.cells.centres.ndim == 2 else chunk.cells.centres[:, None].expand(-1, rows)
+        )
+        unit, height = centres.T.double(), (density - threshold).T.double()
+
+        def crossing(cells: Tensor, step: int) -> Tensor:
+            """Where the density, linear from a border cell to its neighbour outside, meets the threshold."""
+            row, cell = cells.nonzero(as_tuple=True)
+            neighbour = cell + step
+            outer = (neighbour < 0) | (neighbour >= count)
+            wrapped = neighbour % count
+            here, there = height[row, cell], height[row, wrapped]
+            share = (here / (here - there).clamp_min(1e-12)).clamp(0, 1)
+            position = unit[row, wrapped] + torch.where(outer, float(step), 0.0)  # beyond the cut of a circle
+            edge = torch.full_like(position, 0.0 if step < 0 else 1.0)
+            position = position if circle else torch.where(outer, edge, position)
+            share = share if circle else torch.where(outer, torch.ones_like(share), share)
+            return torch.lerp(unit[row, cell], position, share)
+
+        lower, upper = crossing(starts, -1), crossing(stops, 1)
+        counts = starts.sum(1)
+        if circle:
+            # A run over the cut starts last and stops first in its row.
+            first = counts.cumsum(0) - counts
+            wraps = upper[first] < lower[first]
+            order = torch.arange(len(upper), device=upper.device)
+            row = torch.repeat_interleave(torch.arange(rows, device=upper.device), counts)
+            shifted = torch.where(order + 1 < (first + counts)[row], order + 1, first[row])
+            upper = torch.where(wraps[row], upper[shifted] + (shifted == first[row]), upper)
+            z = [self._circle_angle(chunk, bound) for bound in (lower, upper)]
+            start = self._space.to_user(((z[0] + math.pi).remainder(2 * math.pi) - math.pi)[:, None])[:, 0]
+            stop = start + (z[1] - z[0]) * self._space.scale
+        else:
+            start, stop = (
+                self._space.to_user(chunk.f.reference.from_unit(bound[:, None].to(self._dtype)))[:, 0]
+                for bound in (lower, upper)
+            )
+        # A cell just at the threshold gives an interval of no length.
+        solid = stop > start
+        counts = counts.clone().index_add_(0, starts.nonzero()[:, 0], -(~solid).to(counts.dtype))
+        return list(torch.stack([start, stop], -1)[solid].to(self._dtype).split(counts.tolist()))
+
+    def _circle_angle(self, chunk: _Chunk, u: Tensor) -> Tensor:
+        """Angles of unit coordinates on the circle that may lie a turn beyond (0, 1)."""
+        turn = u.floor()
+        z = chunk.f.reference.from_unit((u - turn)[:, None].to(self._dtype))[:, 0]
+        return z.double() + 2 * math.pi * turn
+
+    # Trust -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """log Z with its standard error, effective sample size and Pareto shape of each row."""
+
+        def columns(chunk: _Chunk) -> Tensor:
+            weights = chunk.log_weights
+            independent = chunk.points is not None and chunk.points.independent
+            points = WeightedPoints(torch.zeros(len(weights), 1, 1, device=weights.device), weights, independent)
+            return torch.stack(
+                [chunk.log_partition, points.log_partition_stderr, points.effective_sample_size, pareto_k(weights)], -1
+            )
+
+        table = self._gather(columns)
+        with torch.no_grad():
+            count = len(next(iter(self._chunks())).log_weights)
+        log_z, stderr, ess, k = table.unbind(-1)
+        return Diagnostics(log_z, stderr, ess, k, count)

@@ -1,0 +1,358 @@
+"""Proposals q(y|x): modules that map a context to a torch distribution over model space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+from torch.nn import functional
+
+__all__ = ["DistributionProposal", "GaussianMixture", "MixtureDensityNetwork"]
+
+TURNS = 3
+"""Turns on either side that a wrapped density sums over: enough for scales up to 2π within 1e-4."""
+
+
+class GaussianMixture(Distribution):
+    r"""A batch of mixtures of Gaussians in D dimensions, with diagonal or low-rank plus diagonal covariances.
+
+    .. math:: q(y) = \sum_k \pi_k N(y; \mu_k, \mathrm{diag}(\sigma_k^2) + L_k L_k^T)
+
+    Periodic dimensions, angles in [-π, π), use wrapped Gaussians.
+
+    Args:
+        logits: Unnormalised log-weights, shape (B, K).
+        means: Component means, shape (B, K, D).
+        scales: Component standard deviations (of the diagonal part), shape (B, K, D).
+        factor: Low-rank factors L, shape (B, K, D, R), or None.
+        periodic: Whether each dimension is an angle; none by default.
+
+    Raises:
+        ValueError: If shapes disagree, or a low-rank covariance meets a periodic dimension.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+    has_rsample = False
+
+    def __init__(
+        self,
+        logits: Tensor,
+        means: Tensor,
+        scales: Tensor,
+        factor: Tensor | None = None,
+        periodic: Sequence[bool] | None = None,
+    ) -> None:
+        if means.shape != scales.shape or means.shape[:-1] != logits.shape:
+            raise ValueError(
+                f"logits, means and scales have shapes {tuple(logits.shape)}, {tuple(means.shape)} and "
+                f"{tuple(scales.shape)}; "
+                "expected (B, K), (B, K, D) and (B, K, D)."
+            )
+        self.log_mixing = logits.log_softmax(-1)
+        self.means, self.scales, self.factor = means, scales, factor
+        self.periodic = (False,) * means.shape[-1] if periodic is None else tuple(periodic)
+        if factor is not None and any(self.periodic):
+            raise ValueError("factor is given, but a dimension is periodic: low-rank covariances need real dimensions.")
+        super().__init__(logits.shape[:-1], means.shape[-1:], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real vectors."""
+        return constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> GaussianMixture:
+        """Return the mixture with a larger batch shape."""
+        shape = torch.Size(batch_shape)
+        k, d = self.means.shape[-2:]
+        factor = None if self.factor is None else self.factor.expand(*shape, *self.factor.shape[-3:])
+        means, scales = self.means.expand(*shape, k, d), self.scales.expand(*shape, k, d)
+        return GaussianMixture(self.log_mixing.expand(*shape, k), means, scales, factor, self.periodic)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, (*S, B, D) or (*S, 1, D) to (*S, B)."""
+        return self._component_log_prob(value).add(self.log_mixing).logsumexp(-1)
+
+    def _component_log_prob(self, value: Tensor) -> Tensor:
+        difference = value[..., None, :] - self.means
+        if self.factor is not None:
+            components = torch.distributions.LowRankMultivariateNormal(
+                torch.zeros_like(self.means), self.factor, self.scales.square(), validate_args=False
+            )
+            return components.log_prob(difference)
+        if not any(self.periodic):
+            # The squared distance is all that depends on y; the rest is added once per component.
+            constant = self.scales.log().sum(-1) + 0.5 * self.means.shape[-1] * math.log(2 * math.pi)
+            scaled = difference / self.scales
+            squared = scaled[..., 0].square() if scaled.shape[-1] == 1 else scaled.square().sum(-1)
+            return -0.5 * squared - constant
+        total = torch.zeros((), dtype=value.dtype, device=value.device)
+        for d, angle in enumerate(self.periodic):
+            shift, scale = difference[..., d], self.scales[..., d]
+            if angle:
+                turns = 2 * math.pi * torch.arange(-TURNS, TURNS + 1, device=value.device, dtype=value.dtype)
+                exponent = (-0.5 * ((shift[..., None] + turns) / scale[..., None]).square()).logsumexp(-1)
+            else:
+                exponent = -0.5 * (shift / scale).square()
+            total = total + exponent - scale.log() - 0.5 * math.log(2 * math.pi)
+        return total
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers that one sample takes: one for the component, one for each Gaussian."""
+        return 1 + self.event_shape[0] + (0 if self.factor is None else self.factor.shape[-1])
+
+    def _assemble(self, choice: Tensor, noise: Tensor) -> Tensor:
+        """Samples from a uniform number for the component, (*S, B), and standard normal ones, (*S, B, D + R)."""
+        lead = choice.shape[: choice.ndim - 1]
+        cumulative = self.log_mixing.exp().cumsum(-1)  # (B, K)
+        component = (choice[..., None] * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)  # (*S, B)
+        d = self.event_shape[0]
+        index = component[..., None, None].expand(*component.shape, 1, d)
+        means = self.means.expand(*lead, *self.means.shape).gather(-2, index)[..., 0, :]
+        scales = self.scales.expand(*lead, *self.scales.shape).gather(-2, index)[..., 0, :]
+        y = means + scales * noise[..., :d]
+        if self.factor is not None:
+            rank = self.factor.shape[-1]
+            index = component[..., None, None, None].expand(*component.shape, 1, d, rank)
+            factor = self.factor.expand(*lead, *self.factor.shape).gather(-3, index)[..., 0, :, :]
+            y = y + (factor @ noise[..., d:, None])[..., 0]
+        if any(self.periodic):
+            angle = torch.tensor(self.periodic, device=y.device)
+            y = torch.where(angle, torch.remainder(y + math.pi, 2 * math.pi) - math.pi, y)
+        return y
+
+    @torch.no_grad()
+    def sample(
+        self,
+        sample_shape: Any = (),
+        *,
+        generator: torch.Generator | None = None,
+        stratified: bool = False,
+    ) -> Tensor:
+        """Draw samples.
+
+        Args:
+            sample_shape: Leading shape S.
+            generator: Source of randomness; torch's global one by default.
+            stratified: Spread the choice of component evenly over the first sample dimension, which lowers the variance
+                of means over it and leaves every single sample's distribution as it is.
+
+        Returns:
+            Samples, shape (*S, B, D).
+        """
+        shape = torch.Size(sample_shape) + self.batch_shape
+        options: dict[str, Any] = {"dtype": self.means.dtype, "device": self.means.device}
+        choice = torch.rand(shape, generator=generator, **options)
+        if stratified and len(sample_shape):
+            strata = torch.arange(shape[0], **options).reshape(-1, *(1,) * (len(shape) - 1))
+            choice = (strata + choice) / shape[0]
+        noise = torch.randn((*shape, self.num_uniforms - 1), generator=generator, **options)
+        return self._assemble(choice, noise)
+
+    @torch.no_grad()
+    def from_uniforms(self, uniforms: Tensor) -> Tensor:
+        """Samples as a function of points in the unit cube, for quasi-random integration.
+
+        Args:
+            uniforms: Points strictly inside (0, 1), shape (M, num_uniforms), shared by all rows.
+
+        Returns:
+            Samples, shape (M, B, D).
+        """
+        noise = torch.special.ndtri(uniforms[:, 1:])
+        lead = (len(uniforms), *self.batch_shape)
+        columns = (1,) * len(self.batch_shape)
+        return self._assemble(
+            uniforms[:, :1].reshape(-1, *columns).expand(lead),
+            noise.reshape(len(noise), *columns, -1).expand(*lead, -1),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, shape (B, D); for a periodic dimension the circular mean."""
+        weights = self.log_mixing.exp()[..., None]
+        linear = (weights * self.means).sum(-2)
+        if not any(self.periodic):
+            return linear
+        length = weights * (-0.5 * self.scales.square()).exp()
+        circular = torch.atan2((length * self.means.sin()).sum(-2), (length * self.means.cos()).sum(-2))
+        return torch.where(torch.tensor(self.periodic, device=linear.device), circular, linear)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each dimension, shape (B, D).
+
+        Raises:
+            NotImplementedError: If a dimension is periodic; take it from the model's predictive distribution.
+        """
+        if any(self.periodic):
+            raise NotImplementedError("The variance of a wrapped mixture has no closed form; use model(x).variance.")
+        weights = self.log_mixing.exp()[..., None]
+        second = self.scales.square() + (self.means - self.mean[..., None, :]).square()
+        if self.factor is not None:
+            second = second + self.factor.square().sum(-1)
+        return (weights * second).sum(-2)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Cumulative distribution function for D = 1, from -π on for an angle, (*S, B, 1) or (*S, 1, 1) to (*S, B).
+
+        Raises:
+            NotImplementedError: If D > 1.
+        """
+        if self.event_shape != (1,):
+            raise NotImplementedError(f"The cdf is for one dimension; this mixture has {self.event_shape[0]}.")
+        means, scales = self.means[..., 0], self.scales[..., 0]
+        if not self.periodic[0]:
+            components = torch.special.ndtr((value - means) / scales)
+        else:
+            components = torch.zeros((), dtype=value.dtype, device=value.device)
+            for turn in range(-TURNS, TURNS + 1):
+                shift = 2 * math.pi * turn - means
+                components = components + torch.special.ndtr((value + shift) / scales)
+                components = components - torch.special.ndtr((shift - math.pi) / scales)
+        return (self.log_mixing.exp() * components).sum(-1)
+
+
+class MixtureDensityNetwork(nn.Module):
+    """A mixture density network: context to a :class:`GaussianMixture` with full softmax weights.
+
+    Args:
+        context_dim: Context channels C.
+        dim: Target dimensions D.
+        num_components: Gaussians K.
+        rank: Rank R of the covariances beyond their diagonal, 0 for diagonal ones.
+        periodic: Whether each dimension is an angle; none by default.
+        width: Width of the hidden layer.
+        min_scale: Floor of the standard deviations, in units of the standardised target (radians for an angle). It
+            bounds the
+            density: below it a likelihood could grow without limit on a repeated target.
+
+    Raises:
+        ValueError: If an argument is out of its range, or rank > 0 meets a periodic dimension.
+
+    Source:
+        Bishop, "Mixture density networks", 1994.
+
+    >>> q = MixtureDensityNetwork(context_dim=8, num_components=3)(torch.randn(5, 8))
+    >>> q.sample((2,)).shape, q.log_prob(torch.zeros(5, 1)).shape
+    (torch.Size([2, 5, 1]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        context_dim: int,
+        dim: int = 1,
+        num_components: int = 8,
+        rank: int = 0,
+        periodic: Sequence[bool] | None = None,
+        width: int = 128,
+        min_scale: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        for name, number in {
+            "context_dim": context_dim, "dim": dim, "num_components": num_components, "width": width,
+            "rank + 1": rank + 1,
+        }.items():  # fmt: skip
+            if number < 1:
+                raise ValueError(f"{name} is {number}; expected at least 1.")
+        if not min_scale > 0:
+            raise ValueError(f"min_scale is {min_scale}; expected a number > 0, in units of the standardised target.")
+        self.context_dim, self.dim, self.num_components, self.rank = context_dim, dim, num_components, rank
+        self.periodic = (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
+        if len(self.periodic) != dim:
+            raise ValueError(
+                f"periodic has {len(self.periodic)} entries, but dim is {dim}; pass one flag per dimension."
+            )
+        if rank and any(self.periodic):
+            raise ValueError(f"rank is {rank}, but a dimension is periodic: low-rank covariances need real dimensions.")
+        self.width, self.min_scale = width, min_scale
+        self.hidden = nn.Linear(context_dim, width)
+        self.output = nn.Linear(width, num_components * (1 + 2 * dim + dim * rank))
+        # Components start spread over the standardised targets with a scale to match, so that none dies at once.
+        with torch.no_grad():
+            self.output.weight.mul_(0.1)
+            bias = self.output.bias.zero_()[: num_components * (1 + 2 * dim)].reshape(num_components, 1 + 2 * dim)
+            levels = (torch.arange(num_components) + 0.5) / num_components
+            for d, angle in enumerate(self.periodic):
+                # Each dimension in another order: the same one would put all components on a diagonal.
+                order = torch.arange(num_components) if d == 0 else torch.randperm(num_components)
+                bias[:, 1 + d] = (2 * levels[order] - 1) * math.pi if angle else torch.special.ndtri(levels[order])
+            bias[:, 1 + dim :] = math.log(math.expm1(max(1.0 / num_components, 0.3)))
+
+    def forward(self, context: Tensor) -> GaussianMixture:
+        """Return q(y|x) for contexts of shape (B, C)."""
+        raw = self.output(functional.silu(self.hidden(context)))
+        k, d = self.num_components, self.dim
+        parameters = raw[..., : k * (1 + 2 * d)].unflatten(-1, (k, 1 + 2 * d))
+        scales = functional.softplus(parameters[..., 1 + d :]) + self.min_scale
+        factor = raw[..., k * (1 + 2 * d) :].unflatten(-1, (k, d, self.rank)) if self.rank else None
+        return GaussianMixture(parameters[..., 0], parameters[..., 1 : 1 + d], scales, factor, self.periodic)
+
+
+class Wrapped(Distribution):
+    """A distribution on R^D wrapped onto the circle in its periodic dimensions (angles in [-π, π))."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, distribution: Distribution, periodic: Sequence[bool]) -> None:
+        self.distribution, self.periodic = distribution, tuple(periodic)
+        super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, (*S, B, D) to (*S, B)."""
+        turns = [range(-TURNS, TURNS + 1) if flag else (0,) for flag in self.periodic]
+        shifts = torch.tensor(list(product(*turns)), dtype=value.dtype, device=value.device) * 2 * math.pi
+        return torch.stack([self.distribution.log_prob(value + shift) for shift in shifts]).logsumexp(0)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw samples, shape (*S, B, D)."""
+        y = self.distribution.sample(torch.Size(sample_shape))
+        angle = torch.tensor(self.periodic, device=y.device)
+        return torch.where(angle, torch.remainder(y + math.pi, 2 * math.pi) - math.pi, y)
+
+
+class DistributionProposal(nn.Module):
+    """Any conditional distribution module as a proposal: a zuko flow, or your own.
+
+    Args:
+        module: Maps contexts (B, C) to a torch distribution with batch shape (B,) and event shape (D,); for D = 1
+            batch shape (B, 1) with a scalar event is taken too. Its density is over model space: standardised,
+            unconstrained targets.
+        dim: Target dimensions D.
+        periodic: Whether each dimension is an angle; the distribution is wrapped there. None by default.
+
+    Raises:
+        TypeError: On the first call, if the module does not return a torch distribution.
+        ValueError: On the first call, if its batch or event shape is another.
+    """
+
+    def __init__(
+        self, module: nn.Module | Callable[[Tensor], Distribution], dim: int = 1, periodic: Sequence[bool] | None = None
+    ) -> None:
+        super().__init__()
+        self.module, self.dim = module, dim
+        self.periodic = (False,) * dim if periodic is None else tuple(periodic)
+
+    def forward(self, context: Tensor) -> Distribution:
+        """Return q(y|x) for contexts of shape (B, C)."""
+        q = self.module(context)
+        if not isinstance(q, Distribution):
+            raise TypeError(
+                f"The proposal's module returned a {type(q).__name__}; expected a torch.distributions.Distribution "
+                f"with batch "
+                f"shape ({len(context)},) and event shape ({self.dim},)."
+            )
+        if self.dim == 1 and q.event_shape == () and q.batch_shape == (len(context), 1):
+            q = torch.distributions.Independent(q, 1)
+        if q.event_shape != (self.dim,) or q.batch_shape != (len(context),):
+            raise ValueError(
+                f"The proposal's module returned batch shape {tuple(q.batch_shape)} and event shape "
+                f"{tuple(q.event_shape)}; "
+                f"expected ({len(context)},) and ({self.dim},)."
+            )
+        return Wrapped(q, self.periodic) if any(self.periodic) else q

@@ -1,0 +1,1306 @@
+"""Training: `fit` runs an objective over data on Lightning Fabric and returns a `History`.
+
+Randomness: the order of the rows depends on (seed, epoch), the noise of the objective on (seed, step), dropout on
+    (seed, epoch,
+process). So there is no random state to store, and a resumed run continues as if nothing had happened; the global
+random state of the caller is left as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from energyreg import checkpoint
+from energyreg.model import EnergyRegressionModel
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from matplotlib.figure import Figure
+
+__all__ = ["History", "TrainingError", "TrainingStep", "fit"]
+
+SCHEDULES = ("one-cycle", "cosine", "constant")
+# Half weights would round the target's scale and the energies themselves; mixed precision keeps both.
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+# Losses are nats of standardised targets, where a sane model is within a few tens.
+EXPLOSION = 1e6
+# Steps between two looks at the losses where a look would make the host wait for the device.
+WINDOW = 32
+LAST = "last.safetensors"
+# Purposes of randomness, so that no two draw the same numbers.
+SPLIT, ORDER, NOISE, DROPOUT, EVALUATION = range(5)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, as a loss or gradient is not finite or the loss explodes."""
+
+
+# ---------------------------------------------------------------------------------------------- what comes back
+
+
+@dataclass(repr=False)
+class History:
+    """What happened in a training, one entry an epoch; epochs count from 1.
+
+    Attributes:
+        train_loss: Mean loss over the epoch's batches, in nats of the model space (with dropout, noise and all).
+        validation_nll: Mean of -log p(y|x) on the validation data after the epoch, in nats and user units; empty
+            without validation data.
+        learning_rate: Learning rate at the end of the epoch.
+        seconds: Duration of the epoch, validation included.
+        diagnostics: The objective's diagnostics by name, means over the epoch.
+        best_epoch: Epoch with the lowest validation NLL, whose weights the model has; None without validation data.
+        stopped_early: Whether `patience` ended the training.
+        interrupted: Whether a KeyboardInterrupt did.
+        total_seconds: Duration of all, preparation and resumed parts included.
+    """
+
+    train_loss: list[float] = field(default_factory=list)
+    validation_nll: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    diagnostics: dict[str, list[float]] = field(default_factory=dict)
+    best_epoch: int | None = None
+    stopped_early: bool = False
+    interrupted: bool = False
+    total_seconds: float = 0.0
+
+    @property
+    def best_validation_nll(self) -> float | None:
+        """Validation NLL of the best epoch, in nats and user units; None without validation data."""
+        return None if self.best_epoch is None else self.validation_nll[self.best_epoch - 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes as plain lists and numbers, for JSON."""
+        return dataclasses.asdict(self)
+
+    def plot(self, ax: Any = None) -> Figure:
+        """Draw the training loss and the validation NLL against the epoch.
+
+        The two differ by a constant (the loss is in model space) and by dropout, so compare their shapes, not their
+        levels.
+
+        Args:
+            ax: Matplotlib axes to draw into; by default a new figure.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: Matplotlib is not installed; ``pip install 'energyreg[tables]'`` brings it.
+            ValueError: There is no completed epoch.
+        """
+        from energyreg import plots
+
+        if not self.train_loss:
+            raise ValueError("There is nothing to plot: no epoch was completed.")
+        curves = {"training loss": _Curve(self.train_loss)}
+        if self.validation_nll:
+            curves["validation NLL"] = _Curve(self.validation_nll)
+        return plots.learning_curves(curves, quantity="values", label="nats", ax=ax)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.train_loss)} epochs in {_duration(self.total_seconds)}"]
+        if self.train_loss:
+            parts.append(f"training loss {self.train_loss[-1]:.4f}")
+        if self.best_epoch is not None:
+            parts.append(f"best validation NLL {self.best_validation_nll:.4f} nats in epoch {self.best_epoch}")
+        if self.stopped_early or self.interrupted:
+            parts.append("stopped early" if self.stopped_early else "interrupted")
+        return f"History({', '.join(parts)})"
+
+
+@dataclass
+class _Curve:
+    values: list[float]
+
+
+# ---------------------------------------------------------------------------------------------- the public function
+
+
+def fit(
+    model: EnergyRegressionModel,
+    x: Any,
+    y: Any = None,
+    *,
+    objective: Any = None,
+    validation: Any = "auto",
+    epochs: int = 100,
+    batch_size: int = 256,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 1e-2,
+    schedule: str = "one-cycle",
+    gradient_clip: float | None = 10.0,
+    patience: int | None = None,
+    seed: int = 0,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    accelerator: Any = None,
+    devices: Any = 1,
+    precision: Any = "32-true",
+    strategy: Any = "auto",
+) -> History:
+    """Train a model in place; it is left in evaluation mode with its best weights, on the device of the training.
+
+    The encoder, base and target space are fitted to the training rows first (`model.fit_preprocessing`), unless the
+    model has been fitted before: then its units stay as they are and its weights are trained further. The optimiser is
+    AdamW, with weight decay on matrices only.
+
+    With validation data, the NLL of `model(x_val)` is computed after each epoch, in evaluation mode, and the weights of
+    the best epoch are restored at the end. The default schedule needs all its epochs to anneal the learning rate, so by
+    default nothing stops earlier; `patience` does, and is meant for the constant schedule or for saving time.
+
+    Ctrl-C ends the training: the model has its best weights so far, a warning says so, and `History.interrupted` is
+    True.
+
+    Several processes (`devices=2`, or a script under torchrun with `devices` to match): every process takes its share
+    of each batch, and the gradients are those of one process on the whole batch. A DataLoader is different, as always
+    in PyTorch: its batch size is that of each process.
+
+    Args:
+        model: The model to train.
+        x: Inputs: an array, tensor or data frame with N rows, or a DataLoader that yields pairs (x, y) of tensors;
+            `batch_size` is the loader's own then. A loader is read once before the training, for the units of y (and x,
+            where the encoder is fitted). To resume exactly it must shuffle by PyTorch's global random state, not by a
+            generator of its own.
+        y: Targets in user units, shape (N, D), or (N,) for D = 1. None with a DataLoader.
+        objective: What to minimise, such as `energyreg.objectives.ExactMaximumLikelihood()`; the model's default by
+            default.
+        validation: The fraction of rows to hold out (chosen by `seed`), or (x_val, y_val), or a DataLoader, or None. By
+            default 0.1 with arrays, and None with a DataLoader.
+        epochs: Passes over the training rows.
+        batch_size: Rows per step, over all processes. Rows that do not fill a last batch are left out of that epoch;
+            fewer rows than this are one batch.
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay of AdamW.
+        schedule: "one-cycle" (up over the first 10 % of the steps, then down to almost 0), "cosine" (down from the
+            start) or "constant".
+        gradient_clip: Largest norm of the gradient; None for no limit.
+        patience: Stop after this many epochs without a lower validation NLL; None for never.
+        seed: Seed of all randomness; the same seed gives the same result on the same kind of device.
+        checkpoint_dir: Folder for a checkpoint after each epoch, ``last.safetensors``; one from an earlier run is
+            replaced unless `resume` is True.
+        resume: Continue from the checkpoint in `checkpoint_dir`, to the same final weights as a run without
+            interruption. Settings and data must be the same. Without a checkpoint the training starts afresh; a
+            finished one returns at once.
+        progress: True for a progress bar, or a line of text now and then where there is no terminal; None for a bar on
+            a terminal only; False for silence.
+        accelerator: "cpu", "cuda", "mps" or "auto", as in Lightning Fabric; None for the device that the model is on.
+        devices: How many devices, or a list of their numbers, as in Fabric.
+        precision: "32-true", "64-true" (which leaves the model in float64), "bf16-mixed" or "16-mixed".
+        strategy: "auto", "ddp", "ddp_spawn", "ddp_notebook" or a strategy object, as in Fabric.
+
+    Returns:
+        Losses, validation NLL, learning rates, times and diagnostics per epoch.
+
+    Raises:
+        ValueError: If data or arguments cannot be used; the message says which, why, and what to do. Nothing is changed
+            then.
+        TrainingError: If a loss or gradient is not finite or the loss explodes.
+        energyreg.checkpoint.CheckpointError: If resume finds a damaged checkpoint, or one of other settings or data.
+        OSError: If `checkpoint_dir` cannot be written, or has no room.
+    """
+    started = time.perf_counter()
+    settings = _Settings(
+        epochs, batch_size, learning_rate, weight_decay, schedule, gradient_clip, patience, seed, str(precision)
+    )
+    _check_progress_and_resume(progress, resume, checkpoint_dir)
+    objective = model.default_objective() if objective is None else objective
+    if not callable(objective):
+        raise ValueError(
+            f"objective is a {type(objective).__name__}; expected an object such as energyreg.objectives."
+            "ExactMaximumLikelihood(), to be called as objective(f, q, z, generator=...)."
+        )
+    accelerator, devices = _device_of(model, accelerator, devices)
+    _make_fabric(accelerator, devices, precision, strategy)  # wrong arguments should fail before the data are read
+    with _caller_random_state(), _quiet_fabric():
+        data, validation_data, preprocessing = _prepare(model, x, y, validation, settings)
+        if patience is not None and validation_data is None:
+            raise ValueError("patience needs validation data; pass validation=(x_val, y_val), or patience=None.")
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        if folder is not None:
+            _check_folder(folder, 5 * sum(tensor.nbytes for tensor in model.state_dict().values()))
+        if preprocessing is not None:
+            model.fit_preprocessing(*preprocessing)
+        fabric = _make_fabric(accelerator, devices, precision, strategy)
+        if fabric.world_size > 1:
+            _check_processes(fabric.world_size, data, settings)
+            unused = _has_unused_parameters(model, objective, data)
+            fabric = _make_fabric(accelerator, devices, precision, strategy, find_unused_parameters=unused)
+        job = _Job(model, objective, data, validation_data, settings, folder, resume, progress, started, os.getpid())
+        history, weights = fabric.launch(partial(_run, job=job))
+    if weights is not None:
+        model.load_state_dict(weights)
+        model.eval()
+    return history
+
+
+def _run(fabric: Fabric, job: _Job) -> tuple[History, dict[str, Tensor] | None]:
+    history = _Training(fabric, job).run()
+    # Strategies that spawn or fork train a copy of the model, whose weights have to travel back.
+    return history, job.model.state_dict() if os.getpid() != job.process else None
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True)
+class _Settings:
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    gradient_clip: float | None
+    patience: int | None
+    seed: int
+    precision: str
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number.")
+        for name, positive in (("learning_rate", True), ("weight_decay", False), ("gradient_clip", True)):
+            value = getattr(self, name)
+            if name == "gradient_clip" and value is None:
+                continue
+            if (
+                not isinstance(value, (int, float, np.number))
+                or not math.isfinite(value)
+                or not (value > 0 or (value == 0 and not positive))
+            ):
+                raise ValueError(f"{name} is {value!r}; expected a finite number {'> 0' if positive else '≥ 0'}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, SCHEDULES))}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision is {self.precision!r}; expected one of {', '.join(map(repr, PRECISIONS))} (weights stay in "
+                "float32 or float64: half precision would round densities and target scales)."
+            )
+
+
+def _check_progress_and_resume(progress: Any, resume: Any, checkpoint_dir: Any) -> None:
+    if progress is not None and not isinstance(progress, bool):
+        raise ValueError(f"progress is {progress!r}; expected True, False or None.")
+    if not isinstance(resume, bool):
+        raise ValueError(f"resume is {resume!r}; expected True or False; the folder goes to checkpoint_dir=.")
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume=True needs checkpoint_dir=, the folder where the checkpoints of the earlier run are.")
+
+
+def _device_of(model: nn.Module, accelerator: Any, devices: Any) -> tuple[Any, Any]:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "The model has no parameters to train: all are frozen (requires_grad=False), or there are none."
+        )
+    if accelerator is not None:
+        return accelerator, devices
+    device = next(model.parameters()).device
+    index_matters = device.index is not None and devices == 1 and not isinstance(devices, bool)
+    return device.type, [device.index] if index_matters else devices
+
+
+def _make_fabric(
+    accelerator: Any, devices: Any, precision: Any, strategy: Any, find_unused_parameters: bool | None = None
+) -> Fabric:
+    """Fabric; find_unused_parameters is for a DDP strategy given by its name, None where it does not matter yet."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    arguments: dict[str, Any] = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "precision": precision,
+        "strategy": strategy,
+    }
+    with _quiet_fabric():
+        try:
+            fabric = Fabric(**arguments)
+        except Exception as error:
+            culprit = _culprit(arguments)
+            raise ValueError(f"{culprit} cannot be used: {error}") from error
+        if find_unused_parameters and isinstance(strategy, str) and isinstance(fabric.strategy, DDPStrategy):
+            notebook = fabric.strategy.launcher is not None and fabric.strategy.launcher.is_interactive_compatible
+            method: Any = {"ddp_spawn": "spawn"}.get(strategy, "fork" if notebook else "popen")
+            arguments["strategy"] = DDPStrategy(start_method=method, find_unused_parameters=True)
+            fabric = Fabric(**arguments)
+    return fabric
+
+
+def _culprit(arguments: dict[str, Any]) -> str:
+    """The argument that Fabric refuses by itself, or all of them."""
+    from lightning_fabric import Fabric
+
+    alone: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "strategy": "auto"}
+    tried = dict(alone)
+    for name in ("accelerator", "precision", "devices", "strategy"):
+        tried[name] = arguments[name]
+        try:
+            Fabric(**tried)
+        except Exception:
+            return f"{name}={arguments[name]!r}"
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def _check_folder(folder: Path, size: int) -> None:
+    """Find out before the training whether checkpoints can be written: there is nothing to lose yet."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "checkpoint_dir is a file; expected a folder", str(folder))
+    trial = folder / f".trial-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        checkpoint.write_atomically(trial, bytes(size))
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+
+
+def _check_processes(world_size: int, data: _Data, settings: _Settings) -> None:
+    if isinstance(data, _Rows):
+        size = min(settings.batch_size, len(data.y))
+        if size < world_size:
+            raise ValueError(f"A batch has {size} rows, which {world_size} processes cannot share; use fewer devices.")
+    elif isinstance(data, _Loader) and isinstance(data.loader.dataset, IterableDataset):
+        raise ValueError(
+            "x is a DataLoader over an IterableDataset, which every process would read from start to end. Use one "
+            "device, or a dataset with indices."
+        )
+
+
+# ---------------------------------------------------------------------------------------------- surroundings
+
+
+def _mix(*numbers: int) -> int:
+    """A seed from several numbers (the finaliser of SplitMix64 on each)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def _seed_global(seed: int, device: torch.device) -> None:
+    # Not torch.manual_seed: it would seed the devices that are none of our business, too.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _caller_random_state() -> Iterator[None]:
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_fabric() -> Iterator[None]:
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning_(fabric|utilities)")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+class _Batch:
+    """One step's data.
+
+    No tensor and no container, so that Fabric neither rounds y to half precision nor walks through it.
+
+    Attributes:
+        x: Inputs of this process, (b, ...).
+        y: Targets of this process in user units, (b, D).
+        share: Weight of each row's loss here, such that the mean over the processes is the mean over the whole batch.
+        rows: Row numbers in the caller's data; None for a DataLoader.
+        per_example: Filled by the training step: the losses, (b,), without gradient.
+        diagnostics: The same: the objective's diagnostics.
+    """
+
+    __slots__ = ("diagnostics", "per_example", "rows", "share", "x", "y")
+
+    def __init__(self, x: Any, y: Tensor, share: float, rows: Tensor | None) -> None:
+        self.x, self.y, self.share, self.rows = x, y, share, rows
+        self.per_example: Tensor | None = None
+        self.diagnostics: dict[str, Tensor] = {}
+
+
+class _Data(Protocol):
+    def num_batches(self) -> int: ...
+
+    def place(self, fabric: Fabric, dtype: torch.dtype) -> None: ...
+
+    def batches(self, epoch: int, settings: _Settings, fabric: Fabric) -> Iterator[_Batch]: ...
+
+    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Any, Tensor]]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def sample(self) -> tuple[Any, Tensor]: ...
+
+
+class _Rows:
+    """Data in memory: batches are index lookups."""
+
+    def __init__(self, x: Tensor, y: Tensor, rows: Tensor | None, batch_size: int) -> None:
+        self.x, self.y = x, y
+        self.rows = torch.arange(len(y)) if rows is None else rows
+        self.batch_size = min(batch_size, len(y))
+        self.description = {
+            "rows": len(y),
+            "x": _shape(x),
+            "y": _shape(y),
+            "content": _fingerprint(x) + _fingerprint(y),
+        }
+
+    def num_batches(self) -> int:
+        return len(self.y) // self.batch_size
+
+    def place(self, fabric: Fabric, dtype: torch.dtype) -> None:
+        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
+        y = self.y.float() if fabric.device.type == "mps" else self.y
+        # All at once where it fits with ease; then no step waits for a transfer.
+        if fabric.device.type != "cuda" or x.nbytes + y.nbytes < torch.cuda.mem_get_info(fabric.device)[0] // 4:
+            x, y = fabric.to_device(x), fabric.to_device(y)
+        self.x, self.y = x, y
+
+    def batches(self, epoch: int, settings: _Settings, fabric: Fabric) -> Iterator[_Batch]:
+        generator = torch.Generator().manual_seed(_mix(settings.seed, ORDER, epoch))
+        order = torch.randperm(len(self.y), generator=generator)
+        world, share = fabric.world_size, fabric.world_size / self.batch_size
+        index = order.to(self.x.device)
+        there = self.x.device == fabric.device
+        for start in range(0, self.num_batches() * self.batch_size, self.batch_size):
+            rows = slice(start + fabric.global_rank, start + self.batch_size, world)
+            x, y = self.x[index[rows]], self.y[index[rows]]
+            if not there:
+                x, y = fabric.to_device(x), fabric.to_device(y)
+            yield _Batch(x, y, share, order[rows])
+
+    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        mine = range(fabric.global_rank, len(self.y), fabric.world_size)
+        for start in range(0, len(mine), chunk):
+            part = mine[start : start + chunk]
+            rows = slice(part.start, part.stop, part.step)
+            yield fabric.to_device(self.x[rows]), fabric.to_device(self.y[rows])
+
+    def describe(self) -> dict[str, Any]:
+        return self.description
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        return self.x[:8], self.y[:8]
+
+
+class _Loader:
+    """Data from a DataLoader, checked pair by pair."""
+
+    def __init__(self, loader: DataLoader[Any], name: str) -> None:
+        self.loader, self.name = loader, name
+        self.prepared: Any = loader
+        self.dtype = torch.float32
+        self.count: int | None = None
+        with contextlib.suppress(TypeError):  # an iterable dataset without a length
+            self.count = len(loader)
+        if self.count == 0:
+            raise ValueError(
+                f"{name} is a DataLoader without a batch: its dataset is empty, or drop_last drops all of it."
+            )
+
+    def num_batches(self) -> int:
+        if self.count is None:
+            self.count = sum(1 for _ in self.loader)
+        return self.count
+
+    def place(self, fabric: Fabric, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.prepared = fabric.setup_dataloaders(self.loader)
+        if fabric.world_size > 1:
+            self.count = len(self.prepared)
+
+    def batches(self, epoch: int, settings: _Settings, fabric: Fabric) -> Iterator[_Batch]:
+        # Fabric hands this number to a distributed sampler; a resumed run must not start counting from 0.
+        self.prepared._num_iter_calls = epoch
+        for number, batch in enumerate(islice(self.prepared, self.num_batches())):
+            x, y = self.pair(batch, number)
+            yield _Batch(x, y, 1 / len(y), None)
+
+    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Any, Tensor]]:
+        # Not by a distributed sampler, which counts rows twice to make all shares equal.
+        for number, batch in enumerate(self.loader):
+            if number % fabric.world_size == fabric.global_rank:
+                yield self.pair(fabric.to_device(batch), number)
+
+    def pair(self, batch: Any, number: int) -> tuple[Any, Tensor]:
+        where = f"Batch {number + 1} of the DataLoader {self.name}"
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise ValueError(f"{where} is a {type(batch).__name__}{length}; expected a pair (x, y) of tensors.")
+        x, y = (torch.as_tensor(part) if isinstance(part, np.ndarray) else part for part in batch)
+        if not isinstance(y, Tensor) or y.ndim not in (1, 2) or y.is_complex() or y.dtype == torch.bool:
+            found = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise ValueError(
+                f"{where} has y = {found}; expected a tensor of numbers of shape (B, D), or (B,) for D = 1."
+            )
+        if len(y) == 0:
+            raise ValueError(f"{where} has no rows.")
+        if isinstance(x, Tensor):
+            if x.ndim == 0 or len(x) != len(y):
+                raise ValueError(
+                    f"{where} has x of shape {tuple(x.shape)}, but y of shape {tuple(y.shape)}; rows differ."
+                )
+            x = x.to(self.dtype) if x.is_floating_point() else x
+        return x, y[:, None] if y.ndim == 1 else y
+
+    def describe(self) -> dict[str, Any]:
+        return {"batches": self.num_batches(), "loader's batch_size": self.loader.batch_size}
+
+    def sample(self) -> tuple[Any, Tensor]:
+        return self.pair(next(iter(self.loader)), 0)
+
+
+def _prepare(
+    model: EnergyRegressionModel, x: Any, y: Any, validation: Any, settings: _Settings
+) -> tuple[_Data, _Data | None, tuple[Tensor | None, Tensor] | None]:
+    """Training data, validation data, and what the preprocessing is to be fitted to (None if it is fitted)."""
+    if isinstance(x, DataLoader):
+        return _prepare_loader(model, x, y, validation, settings)
+    if y is None:
+        raise ValueError(f"y is missing: x is a {type(x).__name__}. Only a DataLoader brings y along.")
+    if isinstance(y, DataLoader):
+        raise ValueError("y is a DataLoader; pass one DataLoader as x that yields pairs (x, y), or arrays for both.")
+    x, y = _checked_pair(model, x, y, "x", "y")
+    if len(y) < 2:
+        raise ValueError(f"x has {len(y)} row; expected at least 2 to learn from.")
+    if isinstance(validation, str) and validation == "auto":
+        validation = 0.1
+    rows: Tensor | None = None
+    held_out: _Data | None = None
+    if isinstance(validation, (int, float, np.number)) and not isinstance(validation, bool):
+        rows, chosen = _split(len(y), float(validation), settings.seed)
+        held_out = _Rows(x[chosen], y[chosen], chosen, settings.batch_size)
+        x, y = x[rows], y[rows]
+    else:
+        held_out = _prepare_validation(model, validation, settings, x)
+    data = _Rows(x, y, rows, settings.batch_size)
+    return data, held_out, None if bool(model.fitted) else (x, y)
+
+
+def _split(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"validation is {fraction}; expected a fraction in (0, 1), (x_val, y_val), a DataLoader or None."
+        )
+    count = max(1, round(fraction * n))
+    if n - count < 2:
+        raise ValueError(
+            f"validation={fraction} of {n} rows leaves {n - count} to train on; expected at least 2. Pass a smaller "
+            "fraction, (x_val, y_val), or validation=None."
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(_mix(seed, SPLIT)))
+    return order[count:].sort().values, order[:count].sort().values
+
+
+def _prepare_validation(model: EnergyRegressionModel, validation: Any, settings: _Settings, x: Any) -> _Data | None:
+    if validation is None:
+        return None
+    if isinstance(validation, DataLoader):
+        loader = _Loader(validation, "validation")
+        _check_first_batch(model, loader)
+        return loader
+    if not isinstance(validation, (tuple, list)) or len(validation) != 2:
+        raise ValueError(
+            f"validation is "
+            f"{validation if isinstance(validation, (bool, str)) else 'a ' + type(validation).__name__!r}; expected a "
+            "fraction in (0, 1), (x_val, y_val), a DataLoader or None."
+        )
+    x_val, y_val = _checked_pair(model, validation[0], validation[1], "x_val", "y_val")
+    if isinstance(x, Tensor) and x_val.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"x_val has shape {tuple(x_val.shape)}, but x has shape {tuple(x.shape)}; expected the same but for the "
+            "rows."
+        )
+    return _Rows(x_val, y_val, None, settings.batch_size)
+
+
+def _checked_pair(model: EnergyRegressionModel, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
+    pair = []
+    for value, name, check in ((x, x_name, model.check_inputs), (y, y_name, model.check_targets)):
+        if not isinstance(value, Tensor):
+            try:
+                value = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
+            except ValueError as error:  # ragged lists
+                raise ValueError(f"{name} is not an array of numbers: {error}") from None
+            if value.dtype.kind not in "fiub":
+                raise ValueError(
+                    f"{name} has dtype {value.dtype}; expected numbers. Encode text and categories, fill missing "
+                    f"values, and convert by {name}.astype(float)."
+                )
+        if value.ndim and len(value) == 0:
+            raise ValueError(f"{name} is empty: its shape is {tuple(value.shape)}; expected at least one row.")
+        try:
+            pair.append(check(value))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if not str(error).startswith(name) else str(error)) from error
+    if len(pair[0]) != len(pair[1]):
+        raise ValueError(
+            f"{x_name} has {len(pair[0])} rows, but {y_name} has {len(pair[1])}; expected one target for each row."
+        )
+    return pair[0], pair[1]
+
+
+def _prepare_loader(
+    model: EnergyRegressionModel, loader: DataLoader[Any], y: Any, validation: Any, settings: _Settings
+) -> tuple[_Data, _Data | None, tuple[Tensor | None, Tensor] | None]:
+    if y is not None:
+        raise ValueError("x is a DataLoader, which yields pairs (x, y); leave y out.")
+    if isinstance(validation, (int, float, np.number)) and not isinstance(validation, bool):
+        raise ValueError(
+            f"validation is the fraction {validation}, but x is a DataLoader, whose rows cannot be split; pass (x_val, "
+            "y_val), another DataLoader, or None."
+        )
+    data = _Loader(loader, "x")
+    held_out = (
+        None
+        if isinstance(validation, str) and validation == "auto"
+        else _prepare_validation(model, validation, settings, None)
+    )
+    if bool(model.fitted):
+        _check_first_batch(model, data)
+        return data, held_out, None
+    keep_x = hasattr(model.encoder, "fit")
+    inputs, targets = [], []
+    for number, batch in enumerate(loader):
+        inputs_here, y_here = data.pair(batch, number)
+        if number == 0 and isinstance(inputs_here, Tensor):
+            model.check_inputs(inputs_here)
+        targets.append(y_here)
+        if keep_x:
+            inputs.append(inputs_here)
+    data.count = len(targets)
+    if not targets:
+        raise ValueError("x is a DataLoader that yields no batch.")
+    y_all = model.check_targets(torch.cat(targets))
+    if len(y_all) < 2:
+        raise ValueError(f"x has {len(y_all)} row; expected at least 2 to learn from.")
+    return data, held_out, (model.check_inputs(torch.cat(inputs)) if keep_x else None, y_all)
+
+
+def _check_first_batch(model: EnergyRegressionModel, data: _Loader) -> None:
+    x, y = data.sample()
+    if isinstance(x, Tensor):
+        model.check_inputs(x)
+    model.check_targets(y)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    """A checksum of at most 64 MB, rows taken at equal distances."""
+    step = max(1, -(-tensor.nbytes // 2**26))
+    content = tensor[::step].detach().cpu().contiguous()
+    return hashlib.sha256(content.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+
+class TrainingStep(nn.Module):
+    """Model and objective as one module from a batch to its loss: what DDP wraps.
+
+    Args:
+        model: The model.
+        objective: Called as ``objective(f, q, z, generator=...)``; returns an `energyreg.objectives.Loss`.
+    """
+
+    def __init__(self, model: EnergyRegressionModel, objective: Any) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: _Batch, generator: torch.Generator) -> Tensor:
+        """The weighted sum of the losses; the losses themselves and the diagnostics are left in the batch."""
+        f, q, z = self.model.condition(batch.x, batch.y)
+        per_example, diagnostics = self.objective(f, q, z, generator=generator)
+        if per_example.shape != (len(batch.y),):
+            raise ValueError(
+                f"The objective returned losses of shape {tuple(per_example.shape)}; expected ({len(batch.y)},), one a "
+                "row."
+            )
+        batch.per_example = per_example.detach()
+        batch.diagnostics = {name: value.detach() for name, value in diagnostics.items()}
+        return per_example.sum() * batch.share
+
+
+def _has_unused_parameters(model: EnergyRegressionModel, objective: Any, data: _Data) -> bool:
+    """Whether some parameters get no gradient (an idle proposal, for one): DDP must know beforehand."""
+    device = next(model.parameters()).device
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x, y = data.sample()
+    x = x.to(device, next(model.parameters()).dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
+    model.train()
+    TrainingStep(model, objective)(_Batch(x, y.to(device), 1.0, None), torch.Generator(device)).backward()
+    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.zero_grad()
+    model.load_state_dict(before)  # batch statistics moved
+    return unused
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class _Job:
+    """All that a process needs to train."""
+
+    model: EnergyRegressionModel
+    objective: Any
+    data: _Data
+    validation: _Data | None
+    settings: _Settings
+    folder: Path | None
+    resume: bool
+    progress: bool | None
+    started: float
+    process: int
+
+
+class _Training:
+    def __init__(self, fabric: Fabric, job: _Job) -> None:
+        self.fabric, self.job, self.settings, self.model = fabric, job, job.settings, job.model
+        dtype = torch.float64 if job.settings.precision == "64-true" else next(job.model.parameters()).dtype
+        fabric.to_device(job.model)
+        for data in (job.data, job.validation):
+            if data is not None:
+                data.place(fabric, dtype)
+        self.steps = job.data.num_batches()
+        # A look at the loss costs nothing on one CPU process; then it comes before the weights are touched.
+        self.eager = fabric.world_size == 1 and fabric.device.type == "cpu"
+        self.scaled = job.settings.precision == "16-mixed" and fabric.device.type != "cpu"
+        optimizer = self._make_optimizer()
+        self.scheduler = self._make_scheduler(optimizer)
+        self.module, self.optimizer = fabric.setup(TrainingStep(job.model, job.objective), optimizer)
+        self.raw_optimizer = optimizer
+        self.generator = torch.Generator(fabric.device)
+        self.history = History()
+        self.epoch = 0
+        self.kept = self._copy_weights()  # the best weights so far; without validation the last
+        self.first_loss: float | None = None
+        self.finished = False
+        self.earlier_seconds = 0.0
+        self.warned = False
+        self.pending: list[tuple[int, _Batch, Tensor, Tensor]] = []
+        self.progress = _Progress(job.progress if fabric.is_global_zero else False, job.settings.epochs, self.steps)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        # The fused kernel is five times as fast for small networks, but cannot be combined with a loss scale and
+        # clipping.
+        fused = self.fabric.device.type in ("cpu", "cuda") and not self.scaled
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.settings.learning_rate, fused=fused
+        )
+
+    def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        total, schedulers = self.settings.epochs * self.steps, torch.optim.lr_scheduler
+        if self.settings.schedule == "one-cycle":
+            # One step more than there are, so that the last step comes before the end; and torch divides by zero where
+            # the way up has less than two steps.
+            total = max(total + 1, 4)
+            return schedulers.OneCycleLR(
+                optimizer, self.settings.learning_rate, total_steps=total, pct_start=max(0.1, 2 / total)
+            )
+        if self.settings.schedule == "cosine":
+            return schedulers.CosineAnnealingLR(optimizer, total)
+        return schedulers.ConstantLR(optimizer, factor=1.0, total_iters=0)
+
+    def run(self) -> History:
+        if self.job.resume and self.job.folder is not None:
+            self._resume(self.job.folder / LAST)
+        try:
+            if not self.finished:
+                self._loop()
+        except KeyboardInterrupt:
+            self._interrupt()
+        finally:
+            self.progress.stop()
+            self.model.zero_grad()
+            self.model.eval()
+        return self.history
+
+    def _loop(self) -> None:
+        self.progress.start(self.epoch)
+        while self.epoch < self.settings.epochs and not self.history.stopped_early:
+            started = time.perf_counter()
+            _seed_global(_mix(self.settings.seed, DROPOUT, self.epoch, self.fabric.global_rank), self.fabric.device)
+            self.model.train()
+            sums = _Sums()
+            for number, batch in enumerate(self.job.data.batches(self.epoch, self.settings, self.fabric)):
+                self._step(number, batch, sums)
+            self._flush(sums)
+            self._end_epoch(sums, started)
+        self._restore()
+        self.finished = True
+        self.history.total_seconds = self.earlier_seconds + time.perf_counter() - self.job.started
+        self._save()
+
+    def _step(self, number: int, batch: _Batch, sums: _Sums) -> None:
+        step = self.epoch * self.steps + number
+        self.optimizer.zero_grad()
+        # The same in every process: noise that the rows of a batch share must be the same for all of them.
+        self.generator.manual_seed(_mix(self.settings.seed, NOISE, step))
+        loss = self.module(batch, self.generator)
+        if self.eager:
+            self._check_loss(loss.item(), number, batch)
+        self.fabric.backward(loss)
+        limit = math.inf if self.settings.gradient_clip is None else self.settings.gradient_clip
+        norm = self.fabric.clip_gradients(self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        assert norm is not None
+        if self.eager:
+            self._check_norm(norm.item(), number, batch)
+        self.optimizer.step()
+        self.scheduler.step()
+        batch.x = batch.x if self.eager or batch.rows is None else None
+        self.pending.append((number, batch, loss.detach(), norm))
+        if len(self.pending) >= WINDOW:
+            self._flush(sums)
+
+    def _flush(self, sums: _Sums) -> None:
+        """Look at the losses of the last steps: one wait for the device, one message between processes."""
+        if not self.pending:
+            return
+        pending, self.pending = self.pending, []
+        values = torch.stack([torch.stack([loss.double(), norm.double()]) for _, _, loss, norm in pending])
+        if self.fabric.world_size > 1:
+            values = self.fabric.all_reduce(values, reduce_op="mean")  # type: ignore[assignment]
+        for (number, batch, _, _), (loss, norm) in zip(pending, values.tolist(), strict=True):
+            if not self.eager:
+                self._check_loss(loss, number, batch)
+                self._check_norm(norm, number, batch)
+            sums.add_loss(loss)
+        sums.add_diagnostics([batch for _, batch, _, _ in pending])
+        self.progress.step(self.epoch, pending[-1][0] + 1, sums.mean_loss())
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        assert self.job.validation is not None
+        self.model.eval()
+        # All processes must see a shuffling loader in the same order.
+        _seed_global(_mix(self.settings.seed, EVALUATION, self.epoch), self.fabric.device)
+        total = torch.zeros(2, dtype=torch.float64)
+        for x, y in self.job.validation.pairs(self.fabric, max(self.settings.batch_size, 1024)):
+            log_prob = self.model(x).log_prob(y)
+            total += torch.stack(
+                [-log_prob.double().sum().cpu(), torch.tensor(float(log_prob.numel()), dtype=torch.float64)]
+            )
+        if self.fabric.world_size > 1:
+            total = self.fabric.all_reduce(self.fabric.to_device(total), reduce_op="sum").cpu()  # type: ignore[union-attr]
+        return float(total[0] / total[1])
+
+    def _end_epoch(self, sums: _Sums, started: float) -> None:
+        history = self.history
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        nll = None if self.job.validation is None else self._validate()
+        if nll is not None and math.isnan(nll):
+            self._stop(
+                f"the validation NLL is nan after epoch {self.epoch + 1}",
+                "The model's density is not a number at some validation rows: check the head and the encoder there, in "
+                "evaluation mode. A lower learning rate (now "
+                f"{self.settings.learning_rate:g}) helps where the weights have grown out of bounds.",
+            )
+        history.train_loss.append(sums.mean_loss())
+        history.learning_rate.append(learning_rate)
+        for name, value in sums.mean_diagnostics(self.fabric).items():
+            history.diagnostics.setdefault(name, []).append(value)
+        self.epoch += 1
+        if nll is None:
+            self.kept = self._copy_weights()
+        else:
+            history.validation_nll.append(nll)
+            best = history.best_validation_nll
+            if best is None or nll < best:
+                history.best_epoch = self.epoch
+                self.kept = self._copy_weights()
+            patience = self.settings.patience
+            if patience is not None and self.epoch - (history.best_epoch or 0) >= patience:
+                history.stopped_early = self.epoch < self.settings.epochs
+        history.seconds.append(time.perf_counter() - started)
+        history.total_seconds = self.earlier_seconds + time.perf_counter() - self.job.started
+        self.progress.epoch(self.epoch, history)
+        self._save()
+
+    # ------------------------------------------------------------------ weights
+
+    def _copy_weights(self) -> dict[str, Any]:
+        return {
+            name: value.detach().clone() if isinstance(value, Tensor) else value
+            for name, value in self.model.state_dict().items()
+        }
+
+    def _restore(self) -> None:
+        self.model.load_state_dict(self.kept)
+
+    def _interrupt(self) -> None:
+        history = self.history
+        history.interrupted = True
+        history.total_seconds = self.earlier_seconds + time.perf_counter() - self.job.started
+        if self.epoch > 0:
+            self._restore()
+        which = (
+            f"the weights of epoch {history.best_epoch or self.epoch}"
+            if self.epoch > 0
+            else "the weights of the moment, as no epoch was complete"
+        )
+        resume = "" if self.job.folder is None or self.epoch == 0 else " Call fit(..., resume=True) to continue."
+        if self.fabric.is_global_zero:
+            self.progress.stop()
+            warnings.warn(
+                f"Training was interrupted in epoch {self.epoch + 1} of {self.settings.epochs}; the model has "
+                f"{which}.{resume}",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------ failures
+
+    def _check_loss(self, loss: float, number: int, batch: _Batch) -> None:
+        if self.first_loss is None and math.isfinite(loss):
+            self.first_loss = loss
+        if math.isfinite(loss) and loss < EXPLOSION + abs(self.first_loss or 0.0):
+            return
+        where = f"in epoch {self.epoch + 1}, batch {number + 1} of {self.steps}"
+        if math.isfinite(loss):
+            self._stop(
+                f"the loss exploded to {loss:.3g} nats {where}",
+                f"The learning rate is too high (now {self.settings.learning_rate:g}; try a third of it), or gradients "
+                f"are not limited enough (gradient_clip is {self.settings.gradient_clip}).",
+                batch,
+            )
+        self._stop(f"the loss is {loss} {where}", self._cause(batch), batch)
+
+    def _check_norm(self, norm: float, number: int, batch: _Batch) -> None:
+        # With a loss scale, infinite gradients are its way to find the scale; that step is skipped.
+        if math.isfinite(norm) or self.scaled:
+            return
+        self._stop(
+            f"the norm of the gradient is {norm} in epoch {self.epoch + 1}, batch {number + 1} of {self.steps}, though "
+            "the loss is finite",
+            "A backward pass overflowed or divided by zero: look for sqrt, log, norm or a division at 0 in your "
+            "encoder or head. torch.autograd.set_detect_anomaly(True) names the operation; precision='64-true' tells "
+            "overflow from the rest.",
+            batch,
+        )
+
+    def _cause(self, batch: _Batch) -> str:
+        x, y = batch.x, batch.y
+        if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
+            return "x has values that are not finite in this batch: clean the dataset behind the DataLoader."
+        if not bool(y.isfinite().all()):
+            return "y has values that are not finite in this batch: clean the dataset behind the DataLoader."
+        lower = (
+            f"Lower the learning rate (now {self.settings.learning_rate:g}) or gradient_clip "
+            f"(now {self.settings.gradient_clip})"
+        )
+        if self.settings.precision.endswith("mixed"):
+            lower += f", or use precision='32-true' (now {self.settings.precision!r})"
+        f_target = batch.diagnostics.get("f_target")
+        if f_target is not None and not bool(f_target.isfinite().all()):
+            return f"The energy f(x, y) is not finite at the targets themselves: the network has overflowed. {lower}."
+        return (
+            f"The energy is finite at the targets, so look at the other quantities of the objective: log Z, or the "
+            f"density of the noise. {lower}; a proposal that collapses needs a larger min_scale."
+        )
+
+    def _stop(self, what: str, cause: str, batch: _Batch | None = None) -> None:
+        details = "" if batch is None else self._details(batch)
+        self._restore()
+        kept = self.history.best_epoch or self.epoch
+        state = f"its weights of epoch {kept}" if self.epoch else "its initial weights, as no epoch was complete"
+        raise TrainingError(f"Training stopped: {what}. {details}Likely cause: {cause} The model has {state}.")
+
+    def _details(self, batch: _Batch) -> str:
+        """Which rows, and which quantities of them."""
+        if batch.per_example is None:
+            return ""
+        parts = []
+        bad = torch.zeros(len(batch.y), dtype=torch.bool, device=batch.per_example.device)
+        for name, value in {"loss": batch.per_example, **batch.diagnostics}.items():
+            wrong = ~value.isfinite() | (value.abs() > EXPLOSION) if name == "loss" else ~value.isfinite()
+            if value.shape == bad.shape:
+                bad |= wrong
+            if bool(wrong.any()):
+                parts.append(f"{name} of {int(wrong.sum())} of {wrong.numel()}")
+        if not parts:
+            return ""
+        places = bad.nonzero()[:5, 0].cpu()
+        named = "rows" if batch.rows is not None else "rows of the batch"
+        if batch.rows is not None:
+            places = self.job.data.rows[batch.rows[places]]  # type: ignore[attr-defined]
+        more = ", ..." if int(bad.sum()) > 5 else ""
+        here = f" in process {self.fabric.global_rank}" if self.fabric.world_size > 1 else ""
+        return f"Affected{here}: {'; '.join(parts)} ({named} {', '.join(map(str, places.tolist()))}{more}). "
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _conditions(self) -> dict[str, Any]:
+        """What must be the same in a resumed run."""
+        objective = self.job.objective
+        return {
+            **dataclasses.asdict(self.settings),
+            "objective": repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__,
+            "number of processes": self.fabric.world_size,
+            "validation data": None if self.job.validation is None else self.job.validation.describe(),
+            "training data": self.job.data.describe(),
+        }
+
+    def _save(self) -> None:
+        if self.job.folder is None or not self.fabric.is_global_zero:
+            return
+        optimizer = self.raw_optimizer.state_dict()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.history.best_epoch is not None and not self.finished:
+            tensors |= {f"best.{name}": value for name, value in self.kept.items()}
+        plain: dict[str, dict[str, Any]] = {}
+        for index, entries in optimizer["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                else:
+                    plain.setdefault(str(index), {})[name] = value
+        state = {
+            "conditions": self._conditions(),
+            "epoch": self.epoch,
+            "finished": self.finished,
+            "first_loss": self.first_loss,
+            "history": self.history.to_dict(),
+            "optimizer": plain,
+            "groups": optimizer["param_groups"],
+            "scheduler": self.scheduler.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+        }
+        try:
+            checkpoint.save_training_state(self.job.folder / LAST, tensors, state)
+        except OSError as error:
+            # Hours of training weigh more than the means to resume it.
+            if not self.warned:
+                warnings.warn(
+                    f"{error}. Training goes on; its last checkpoint is that of an earlier epoch.", stacklevel=2
+                )
+            self.warned = True
+
+    def _resume(self, path: Path) -> None:
+        if not self.fabric.broadcast(path.exists()):
+            return
+        tensors, state = checkpoint.load_training_state(path)
+        differences = list(_differences(state["conditions"], self._conditions()))
+        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        mine = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in weights.items()}
+        differences += _differences(theirs, mine, "the model's ")
+        if differences:
+            shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+            raise checkpoint.CheckpointError(
+                f"Cannot resume from {str(path)!r}, which comes from another training: {shown}. Use the same settings "
+                "and data, or another checkpoint_dir, or resume=False to start afresh."
+            )
+        self.model.load_state_dict(weights)
+        self.epoch, self.finished, self.first_loss = state["epoch"], state["finished"], state["first_loss"]
+        self.history = History(**state["history"])
+        self.earlier_seconds = self.history.total_seconds
+        best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+        self.kept = {name: self.fabric.to_device(value) for name, value in best.items()} or self._copy_weights()
+        entries: dict[int, dict[str, Any]] = {int(index): dict(value) for index, value in state["optimizer"].items()}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                entries.setdefault(int(index), {})[key] = value
+        self.raw_optimizer.load_state_dict({"state": entries, "param_groups": state["groups"]})
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in dict.fromkeys([*then, *now]):
+        a, b = then.get(name), now.get(name)
+        if a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield next(_differences(a, b, f"{name}: "))  # the others follow from the first
+        elif name == "content":
+            yield f"{prefix}the values are others"
+        else:
+            yield f"{prefix}{name} was {_brief(a)}, is {_brief(b)}"
+
+
+def _brief(value: Any) -> str:
+    return (
+        "a DataLoader"
+        if isinstance(value, Mapping) and "batches" in value
+        else "arrays"
+        if isinstance(value, Mapping)
+        else repr(value)
+    )
+
+
+class _Sums:
+    """Means over an epoch."""
+
+    def __init__(self) -> None:
+        self.loss, self.steps = 0.0, 0
+        self.diagnostics: dict[str, tuple[Tensor, int]] = {}
+
+    def add_loss(self, loss: float) -> None:
+        self.loss += loss
+        self.steps += 1
+
+    def add_diagnostics(self, batches: list[_Batch]) -> None:
+        for name in batches[0].diagnostics:
+            values = torch.cat([batch.diagnostics[name].reshape(-1) for batch in batches]).double()
+            total, count = self.diagnostics.get(name, (0.0, 0))
+            self.diagnostics[name] = (values.sum() + total, count + values.numel())
+
+    def mean_loss(self) -> float:
+        return self.loss / self.steps if self.steps else math.nan
+
+    def mean_diagnostics(self, fabric: Fabric) -> dict[str, float]:
+        if not self.diagnostics:
+            return {}
+        means = torch.stack([total / count for total, count in self.diagnostics.values()])
+        if fabric.world_size > 1:
+            means = fabric.all_reduce(means, reduce_op="mean")  # type: ignore[assignment]
+        return dict(zip(self.diagnostics, means.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+
+class _Progress:
+    """A bar on a terminal, lines now and then elsewhere, or nothing."""
+
+    SECONDS_PER_LINE = 10.0
+    SECONDS_PER_FRAME = 0.1
+
+    def __init__(self, wanted: bool | None, epochs: int, steps: int) -> None:
+        self.epochs, self.steps = epochs, steps
+        self.bar: Any = None
+        self.lines = False
+        self.first = 0
+        self.started = self.shown = time.perf_counter()
+        self.validation = ""
+        if wanted is False:
+            return
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if console.is_terminal or console.is_jupyter:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            # Drawn by hand: a thread that draws would take time from the training.
+            self.bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}"),
+                console=console,
+                auto_refresh=False,
+            )
+        else:
+            self.lines = wanted is True
+
+    def start(self, epoch: int) -> None:
+        self.first = epoch
+        self.started = self.shown = time.perf_counter()
+        if self.bar is not None:
+            self.bar.start()
+            total = self.epochs * self.steps
+            self.task = self.bar.add_task("", total=total, epoch=f"{epoch + 1}/{self.epochs}", status="")
+
+    def step(self, epoch: int, done: int, loss: float) -> None:
+        if self.bar is None and not self.lines:
+            return
+        now = time.perf_counter()
+        if now - self.shown < (self.SECONDS_PER_FRAME if self.bar is not None else 6 * self.SECONDS_PER_LINE):
+            return
+        self._show(epoch, done, loss, now)
+
+    def epoch(self, epoch: int, history: History) -> None:
+        if self.bar is None and not self.lines:
+            return
+        if history.validation_nll:
+            self.validation = (
+                f" · validation NLL {history.validation_nll[-1]:.4f} (best {history.best_validation_nll:.4f} in epoch "
+                f"{history.best_epoch})"
+                if history.best_epoch is not None
+                else f" · validation NLL {history.validation_nll[-1]:.4f}"
+            )
+        now = time.perf_counter()
+        last = epoch == self.epochs or history.stopped_early
+        often_enough = epoch % max(1, self.epochs // 10) == 0 or now - self.shown >= self.SECONDS_PER_LINE
+        if self.bar is not None or last or epoch == self.first + 1 or often_enough:
+            self._show(epoch - 1, self.steps, history.train_loss[-1], now)
+
+    def _show(self, epoch: int, done: int, loss: float, now: float) -> None:
+        self.shown = now
+        steps = epoch * self.steps + done
+        share = (steps - self.first * self.steps) / max(1, (self.epochs - self.first) * self.steps)
+        remaining = (now - self.started) * (1 / share - 1) if share > 0 else math.nan
+        status = f"loss {loss:.4f}{self.validation} · {_duration(remaining)} left"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=steps, epoch=f"{epoch + 1}/{self.epochs}", status=status)
+            self.bar.refresh()
+        else:
+            within = "" if done == self.steps else f", step {done}/{self.steps}"
+            print(f"epoch {epoch + 1}/{self.epochs}{within} · {status}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

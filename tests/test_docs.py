@@ -1,0 +1,18 @@
+"""Every Python block of the documentation runs: the blocks of a page in their order, as a reader would type them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = {page.name: BLOCKS.findall(page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md"))}
+
+
+@pytest.mark.parametrize("page", [name for name, blocks in PAGES.items() if blocks])
+def test_code_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, block in enumerate(PAGES[page], 1):
+        exec(compile(block, f"{page}, block {number}", "exec"), namespace)

@@ -1,0 +1,254 @@
+"""Laws of the heads and encoders: what is shared equals what is repeated, g starts at zero, circles close, features are tamed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.preprocessing import QuantileTransformer
+from torch import Tensor, nn
+
+from energyreg.encoders import QuantileNormalizer, TableEncoder
+from energyreg.heads import JointHead, SeparableHead, TargetEmbedding
+
+HEADS = [SeparableHead, JointHead]
+ROWS, CHANNELS = 4, 6
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _head(kind: type, dim: int = 1, periodic: list[bool] | None = None, *, at_start: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    head = kind(context_dim=CHANNELS, dim=dim, periodic=periodic, width=16, num_frequencies=5).double()
+    if not at_start:
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return head
+
+
+def _context() -> Tensor:
+    return torch.randn(ROWS, CHANNELS, generator=_generator(), dtype=torch.float64)
+
+
+def _v(*shape: int) -> Tensor:
+    return 2 * torch.rand(shape, generator=_generator(1), dtype=torch.float64) - 1
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("dim", "periodic"), [(1, None), (2, None), (1, [True]), (2, [False, True])])
+def test_targets_shared_by_all_rows_equal_expanded_ones(kind: type, dim: int, periodic: list[bool] | None) -> None:
+    head, context, v = _head(kind, dim, periodic), _context(), _v(9, 1, dim)
+    shared = head(context, v)
+    assert shared.shape == (9, ROWS)
+    torch.testing.assert_close(shared, head(context, v.expand(-1, ROWS, -1)))
+    # Row by row too: no row sees another.
+    torch.testing.assert_close(shared, torch.cat([head(row[None], v) for row in context], 1))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_any_leading_shape(kind: type, dim: int) -> None:
+    head, context, v = _head(kind, dim), _context(), _v(2, 3, ROWS, dim)
+    g = head(context, v)
+    assert g.shape == (2, 3, ROWS)
+    torch.testing.assert_close(g[1, 2], head(context, v[1, 2]))
+    assert head(context, v[0, 0, :1]).shape == (ROWS,)
+    assert head(context, v[:, :, :1]).shape == (2, 3, ROWS)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_g_is_zero_at_the_start(kind: type, dim: int) -> None:
+    head, context = _head(kind, dim, at_start=True), _context()
+    assert (head(context, _v(9, 1, dim)) == 0).all()
+    assert (head(context, _v(9, ROWS, dim)) == 0).all()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("dim", "periodic"), [(1, None), (2, None), (2, [False, True])])
+def test_gradients_reach_every_parameter_after_one_step(kind: type, dim: int, periodic: list[bool] | None) -> None:
+    head, context, v = _head(kind, dim, periodic, at_start=True), _context(), _v(9, ROWS, dim)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        head(context, v).square().add(head(context, v) * torch.randn(9, ROWS, generator=_generator(2))).sum().backward()
+        optimizer.step()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("dim", "periodic"), [(1, [True]), (2, [False, True]), (2, [True, True])])
+def test_periodic_heads_have_no_seam(kind: type, dim: int, periodic: list[bool]) -> None:
+    head, context = _head(kind, dim, periodic), _context()
+    for d, angle in enumerate(periodic):
+        if not angle:
+            continue
+        start, end = _v(5, 1, dim), _v(5, 1, dim)
+        start[..., d], end[..., d] = -1, 1
+        start.requires_grad_()
+        end.requires_grad_()
+        g_start, g_end = head(context, start), head(context, end)
+        # Harmonics are kept in single precision, π to 1e-7, and these random weights give slopes up to 1e3.
+        torch.testing.assert_close(g_start, g_end, rtol=0, atol=1e-4)
+        (slope_start,) = torch.autograd.grad(g_start.sum(), start)
+        (slope_end,) = torch.autograd.grad(g_end.sum(), end)
+        torch.testing.assert_close(slope_start, slope_end, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_on_the_line_is_not_periodic(kind: type) -> None:
+    head, context = _head(kind), _context()
+    ends = torch.tensor([[[-1.0]], [[1.0]]], dtype=torch.float64)
+    g = head(context, ends)
+    assert not torch.allclose(g[0], g[1], atol=1e-3)
+
+
+def test_separable_head_is_an_inner_product() -> None:
+    head, context, v = _head(SeparableHead), _context(), _v(50, 1, 1)
+    g = head(context, v)
+    b = head(torch.zeros(ROWS, CHANNELS, dtype=torch.float64), v)
+    # g is affine in a(context), which is affine in the context.
+    torch.testing.assert_close(head(2 * context, v) - b, 2 * (g - b))
+
+
+def test_embedding_features() -> None:
+    embedding = TargetEmbedding(dim=2, periodic=[False, True], num_frequencies=3)
+    v = torch.tensor([[0.25, 0.5]])
+    features = embedding(v)
+    assert features.shape == (1, embedding.out_features)
+    phase = torch.stack([0.25 * embedding.frequencies[0], 0.5 * math.pi * torch.tensor([1.0, 2.0, 3.0])])
+    torch.testing.assert_close(features[0], torch.cat([torch.tensor([0.25, 0.0]), phase.sin().flatten(), phase.cos().flatten()]))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("name", ["context_dim", "dim", "width", "num_frequencies"])
+def test_sizes_below_one_are_refused(kind: type, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+        kind(**({"context_dim": 2} | {name: 0}))
+
+
+def test_depth_and_channels_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="channels is 0"):
+        SeparableHead(context_dim=2, channels=0)
+    with pytest.raises(ValueError, match="depth is 0"):
+        JointHead(context_dim=2, depth=0)
+
+
+def _fitted(x: Tensor, num_quantiles: int = 257) -> QuantileNormalizer:
+    normalizer = QuantileNormalizer(x.shape[1], num_quantiles)
+    normalizer.fit(x)
+    return normalizer
+
+
+def test_scores_agree_with_those_of_scikit_learn() -> None:
+    x = torch.randn(5000, 2, generator=_generator()).double()
+    x = torch.stack([x[:, 0].exp(), x[:, 1] ** 3], 1)
+    theirs = QuantileTransformer(n_quantiles=257, output_distribution="normal").fit(x.numpy()).transform(x.numpy())
+    ours = _fitted(x)(x).numpy()
+    # Theirs interpolates levels k / 256 and cuts at 5.2, ours (k + 1/2) / 257: they differ by 1 / 514 in level at most, hence in the
+    # score by 0.002 / φ, 0.02 within ±1.6.
+    inside = np.abs(theirs) < 1.6
+    assert np.abs(ours - theirs)[inside].max() < 0.02
+    assert np.abs(ours - theirs)[np.abs(theirs) < 2.4].max() < 0.15
+
+
+@pytest.mark.parametrize("num_rows", [2, 10, 1000])
+def test_normalizer_is_monotone_and_bounded(num_rows: int) -> None:
+    x = (5 * torch.randn(num_rows, 3, generator=_generator())).round()
+    normalizer = _fitted(x)
+    grid = torch.cat([torch.tensor([-torch.inf, -1e30]), torch.linspace(-30, 30, 2001), torch.tensor([1e30, torch.inf])])
+    scores = normalizer(grid[:, None].expand(-1, 3))
+    assert (scores.diff(dim=0) >= 0).all()
+    bound = torch.special.ndtri(torch.tensor(1 - 0.5 / 257))
+    torch.testing.assert_close(scores[0], -bound.expand(3), rtol=1e-4, atol=0)
+    torch.testing.assert_close(scores[-1], bound.expand(3), rtol=1e-4, atol=0)
+
+
+def test_ties_go_to_the_middle_of_their_ranks() -> None:
+    x = torch.tensor([0.0] * 250 + [1.0] * 500 + [2.0] * 250)[:, None]
+    scores = _fitted(x)(torch.tensor([[0.0], [1.0], [2.0]]))[:, 0]
+    # Middle levels 1/8, 1/2 and 7/8, to a knot of 257.
+    expected = torch.special.ndtri(torch.tensor([0.125, 0.5, 0.875]))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1 / 257 / 0.2)
+    assert scores[1].abs() < 0.01
+
+
+def test_a_constant_feature_becomes_zero() -> None:
+    x = torch.stack([torch.full((50,), 7.3), torch.arange(50.0)], 1)
+    scores = _fitted(x)(x)
+    torch.testing.assert_close(scores[:, 0], torch.zeros(50), rtol=0, atol=1e-6)
+    assert scores[:, 1].unique().numel() == 50
+
+
+def test_normalizer_keeps_to_its_columns() -> None:
+    x = torch.randn(100, 3, generator=_generator())
+    scores = _fitted(x)(x)
+    for column in range(3):
+        torch.testing.assert_close(scores[:, [column]], _fitted(x[:, [column]])(x[:, [column]]), rtol=0, atol=0)
+
+
+def test_normalizer_says_whether_it_is_fitted() -> None:
+    normalizer = QuantileNormalizer(1)
+    assert not normalizer.fitted
+    normalizer.fit(torch.rand(10, 1))
+    assert normalizer.fitted
+
+
+@pytest.mark.parametrize("num_frequencies", [0, 4])
+def test_table_encoder_gives_contexts_and_gradients(num_frequencies: int) -> None:
+    torch.manual_seed(0)
+    encoder, x = TableEncoder(3, context_dim=8, depth=2, dropout=0.0, num_frequencies=num_frequencies), torch.randn(20, 3)
+    encoder.fit(x)
+    assert encoder.fitted
+    context = encoder(x)
+    assert context.shape == (20, 8)
+    context.square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        if parameter.numel():
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_no_feature_value_drives_the_encoder_far() -> None:
+    torch.manual_seed(0)
+    encoder, x = TableEncoder(2, context_dim=8).eval(), torch.randn(200, 2)
+    encoder.fit(x)
+    wild = encoder(torch.tensor([[1e30, -1e30]]))
+    edge = encoder(torch.stack([x[:, 0].max(), x[:, 1].min()])[None])
+    torch.testing.assert_close(wild, edge)
+
+
+def test_dropout_is_for_training_alone() -> None:
+    torch.manual_seed(0)
+    encoder, x = TableEncoder(2, context_dim=32, dropout=0.5), torch.randn(10, 2)
+    assert not torch.equal(encoder(x), encoder(x))
+    encoder.eval()
+    assert torch.equal(encoder(x), encoder(x))
+
+
+def test_wrong_columns_are_named() -> None:
+    with pytest.raises(ValueError, match=r"x has shape \(4, 3\); this encoder takes \(B, 2\)"):
+        TableEncoder(2)(torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_features": 0}, "num_features is 0"), ({"num_features": 2, "context_dim": 0}, "context_dim is 0"),
+        ({"num_features": 2, "depth": 0}, "depth is 0"), ({"num_features": 2, "num_frequencies": -1}, "num_frequencies is -1"),
+        ({"num_features": 2, "dropout": 1.0}, "dropout is 1.0"), ({"num_features": 2, "dropout": -0.1}, "dropout is -0.1"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_the_encoder_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TableEncoder(**arguments)
+
+
+def test_wrong_arguments_of_the_normalizer_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_features is 0"):
+        QuantileNormalizer(0)
+    with pytest.raises(ValueError, match="num_quantiles is 1"):
+        QuantileNormalizer(2, 1)
