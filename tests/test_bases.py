@@ -63,15 +63,15 @@ def _any(name: str) -> Marginal:
 EVERY = [f"line:{name}" for name in LINES] + [f"circle:{name}" for name in CIRCLES]
 
 
-def _whole_range(base: Marginal, points: int = 200_001) -> Tensor:
+def _whole_range(base: Marginal, points: int = 100_001) -> Tensor:
     """A grid over the table, on the line with what is beyond: outside less than 1e-10 of mass remains."""
     start, length = base.start.item(), base.step.item() * base.num_knots
     beyond = 0.0 if base.periodic[0] else 0.1 * length
     return torch.linspace(start - beyond, start + length + beyond, points, dtype=torch.float64)[:, None]
 
 
-# The table has 4096 knots, at least six to a scale of a component: cubic interpolation leaves about (1/6)⁴ / 384, 2e-6 of log p,
-# where components are at their narrowest.
+# The table has 4096 knots, at least six to a scale of a component: cubic interpolation leaves about (1/6)⁴ / 384,
+# 2e-6 of log p, where components are at their narrowest.
 TABLE = 2e-5
 
 
@@ -105,7 +105,8 @@ def test_density_of_one_component_in_closed_form() -> None:
 
 
 def test_base_resembles_the_targets() -> None:
-    # The kernels widen a standard normal sample a little; a KL to the truth of 0.03 nats or less is a matter of taste, so stated.
+    # The kernels widen a standard normal sample a little; the bound on the KL to the truth is a matter of taste, so
+    # stated.
     base, z = _line("normal"), torch.linspace(-8, 8, 4001, dtype=torch.float64)
     truth = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1).log_prob(z)
     assert 0 <= torch.trapezoid(truth.exp() * (truth - base.log_prob(z[:, None])), z) < 0.03
@@ -116,8 +117,12 @@ def test_base_resembles_the_targets() -> None:
 def test_product_density_integrates_to_one_in_two_dimensions() -> None:
     base = Marginal(dim=2, periodic=[False, True]).double()
     base.fit(torch.stack([_targets("skewed"), _angles("across_the_cut")], -1))
-    # Equal steps in asinh(y) follow the line's tails out to ±400 with few points; the trapezium rule converges fast on both.
-    t, angle = torch.linspace(-6.5, 6.5, 2001, dtype=torch.float64), torch.linspace(-math.pi, math.pi, 201, dtype=torch.float64)
+    # Equal steps in asinh(y) follow the line's tails to ±300 with few points; the trapezium rule converges fast on
+    # both.
+    t, angle = (
+        torch.linspace(-6.5, 6.5, 2001, dtype=torch.float64),
+        torch.linspace(-math.pi, math.pi, 201, dtype=torch.float64),
+    )
     y = torch.sinh(t)
     grid = torch.stack(torch.meshgrid(y, angle, indexing="ij"), -1)
     density = base.log_prob(grid).exp() * torch.cosh(t)[:, None]
@@ -146,7 +151,8 @@ def test_single_precision_agrees_with_double(name: str) -> None:
     u = torch.linspace(0, 1, 2001, dtype=torch.float64)[1:-1, None]
     z = single.from_unit(u.float())
     assert z.dtype == single.log_prob(z).dtype == torch.float32
-    # z is rounded by up to 6e-8 of the table's range, here and on the way in and out, and so u by p times that, and its own 3e-7.
+    # z is rounded by up to 6e-8 of the table's range, here and on the way in and out, and so u by p times that, and
+    # its own 3e-7.
     rounding = 3 * 6e-8 * base.step.item() * base.num_knots * base.log_prob(z.double()).exp()
     assert ((single.to_unit(z).double() - u).abs()[:, 0] <= rounding + 3e-7).all()
     # Positions within the table of 4096 cells lose 12 of 24 bits; the log-density changes by less than 20 over a cell.
@@ -163,12 +169,16 @@ def test_tails_are_straight_and_finite(name: str, dtype: torch.dtype) -> None:
         z.requires_grad_()
         log_prob = base.log_prob(z)
         (gradient,) = torch.autograd.grad(log_prob.sum(), z)
-        broad = 2 * _targets(name).std().item() * math.sqrt(3) / math.pi  # the logistic's scale, so its slope is 1 / broad
+        broad = (
+            2 * _targets(name).std().item() * math.sqrt(3) / math.pi
+        )  # the logistic's scale, so its slope is 1 / broad
         # At the end of the table the widest Gaussian, eight scales away, may have a trace of the slope yet.
         torch.testing.assert_close(gradient, torch.full_like(gradient, -sign / broad), rtol=1e-2, atol=0)
         torch.testing.assert_close(log_prob[2] - log_prob[1], log_prob[1] - log_prob[0], rtol=1e-5, atol=0)
         u = base.to_unit(z)
-        assert ((u - (1 + sign) / 2).abs() <= 1e-9 if dtype == torch.float64 else (u - (1 + sign) / 2).abs() <= 1e-6).all()
+        assert (
+            (u - (1 + sign) / 2).abs() <= 1e-9 if dtype == torch.float64 else (u - (1 + sign) / 2).abs() <= 1e-6
+        ).all()
 
 
 def test_points_at_infinity_and_not_a_number() -> None:
@@ -259,7 +269,14 @@ def test_wrong_dimensions_are_refused(kind: type) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_components", 0), ("broad_share", 0.0), ("broad_share", 1.0), ("broad_scale", 0.0), ("broad_scale", math.nan), ("num_knots", 255)],
+    [
+        ("num_components", 0),
+        ("broad_share", 0.0),
+        ("broad_share", 1.0),
+        ("broad_scale", 0.0),
+        ("broad_scale", math.nan),
+        ("num_knots", 255),
+    ],
 )
 def test_wrong_numbers_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):

@@ -1,4 +1,4 @@
-"""Laws of the heads and encoders: what is shared equals what is repeated, g starts at zero, circles close, features are tamed."""
+"""Laws of heads and encoders: shared equals repeated, g starts at zero, circles close, features are tamed."""
 
 import math
 
@@ -121,7 +121,9 @@ def test_embedding_features() -> None:
     features = embedding(v)
     assert features.shape == (1, embedding.out_features)
     phase = torch.stack([0.25 * embedding.frequencies[0], 0.5 * math.pi * torch.tensor([1.0, 2.0, 3.0])])
-    torch.testing.assert_close(features[0], torch.cat([torch.tensor([0.25, 0.0]), phase.sin().flatten(), phase.cos().flatten()]))
+    torch.testing.assert_close(
+        features[0], torch.cat([torch.tensor([0.25, 0.0]), phase.sin().flatten(), phase.cos().flatten()])
+    )
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -149,8 +151,8 @@ def test_scores_agree_with_those_of_scikit_learn() -> None:
     x = torch.stack([x[:, 0].exp(), x[:, 1] ** 3], 1)
     theirs = QuantileTransformer(n_quantiles=257, output_distribution="normal").fit(x.numpy()).transform(x.numpy())
     ours = _fitted(x)(x).numpy()
-    # Theirs interpolates levels k / 256 and cuts at 5.2, ours (k + 1/2) / 257: they differ by 1 / 514 in level at most, hence in the
-    # score by 0.002 / φ, 0.02 within ±1.6.
+    # Theirs interpolates levels k / 256 and cuts at 5.2, ours (k + 1/2) / 257: they differ by 1 / 514 in level at
+    # most, hence in the score by 0.002 / φ, 0.02 within ±1.6.
     inside = np.abs(theirs) < 1.6
     assert np.abs(ours - theirs)[inside].max() < 0.02
     assert np.abs(ours - theirs)[np.abs(theirs) < 2.4].max() < 0.15
@@ -160,7 +162,9 @@ def test_scores_agree_with_those_of_scikit_learn() -> None:
 def test_normalizer_is_monotone_and_bounded(num_rows: int) -> None:
     x = (5 * torch.randn(num_rows, 3, generator=_generator())).round()
     normalizer = _fitted(x)
-    grid = torch.cat([torch.tensor([-torch.inf, -1e30]), torch.linspace(-30, 30, 2001), torch.tensor([1e30, torch.inf])])
+    grid = torch.cat(
+        [torch.tensor([-torch.inf, -1e30]), torch.linspace(-30, 30, 2001), torch.tensor([1e30, torch.inf])]
+    )
     scores = normalizer(grid[:, None].expand(-1, 3))
     assert (scores.diff(dim=0) >= 0).all()
     bound = torch.special.ndtri(torch.tensor(1 - 0.5 / 257))
@@ -201,7 +205,10 @@ def test_normalizer_says_whether_it_is_fitted() -> None:
 @pytest.mark.parametrize("num_frequencies", [0, 4])
 def test_table_encoder_gives_contexts_and_gradients(num_frequencies: int) -> None:
     torch.manual_seed(0)
-    encoder, x = TableEncoder(3, context_dim=8, depth=2, dropout=0.0, num_frequencies=num_frequencies), torch.randn(20, 3)
+    encoder, x = (
+        TableEncoder(3, context_dim=8, depth=2, dropout=0.0, num_frequencies=num_frequencies),
+        torch.randn(20, 3),
+    )
     encoder.fit(x)
     assert encoder.fitted
     context = encoder(x)
@@ -237,11 +244,14 @@ def test_wrong_columns_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_features": 0}, "num_features is 0"), ({"num_features": 2, "context_dim": 0}, "context_dim is 0"),
-        ({"num_features": 2, "depth": 0}, "depth is 0"), ({"num_features": 2, "num_frequencies": -1}, "num_frequencies is -1"),
-        ({"num_features": 2, "dropout": 1.0}, "dropout is 1.0"), ({"num_features": 2, "dropout": -0.1}, "dropout is -0.1"),
+        ({"num_features": 0}, "num_features is 0"),
+        ({"num_features": 2, "context_dim": 0}, "context_dim is 0"),
+        ({"num_features": 2, "depth": 0}, "depth is 0"),
+        ({"num_features": 2, "num_frequencies": -1}, "num_frequencies is -1"),
+        ({"num_features": 2, "dropout": 1.0}, "dropout is 1.0"),
+        ({"num_features": 2, "dropout": -0.1}, "dropout is -0.1"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_of_the_encoder_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TableEncoder(**arguments)

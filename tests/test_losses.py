@@ -43,7 +43,9 @@ def test_nce_of_a_model_that_cannot_tell_is_log_of_m_plus_one(num_samples: int) 
 
 
 def test_nce_is_never_negative() -> None:
-    assert (losses.nce(10 * _randn(500), 10 * _randn(3, 500, seed=1), _randn(500, seed=2), _randn(3, 500, seed=3)) >= 0).all()
+    assert (
+        losses.nce(10 * _randn(500), 10 * _randn(3, 500, seed=1), _randn(500, seed=2), _randn(3, 500, seed=3)) >= 0
+    ).all()
 
 
 def test_losses_of_the_energy_do_not_change_with_its_constant() -> None:
@@ -64,13 +66,14 @@ def test_importance_sampling_with_the_right_proposal_has_no_error() -> None:
 
 
 def test_importance_sampling_is_biased_low_by_half_the_relative_variance() -> None:
-    # Log-normal weights with mean 1 and variance v = exp(s²) - 1. The mean of log(1/M Σ w) is -v / 2M + O(1 / M²); here v / 2M is
-    # 0.00284, the next term is below 2e-4, and the mean over 200,000 rows has a standard error of 1.7e-4: four of these, and 2e-4.
+    # Log-normal weights with mean 1 and variance v = exp(s²) - 1. The mean of log(1/M Σ w) is -v / 2M + O(1 / M²).
+    # Here v / 2M is 0.00284, the next term is below 2e-4, and the mean over 100,000 rows has a standard error of
+    # 2.4e-4: four of these, and 2e-4.
     s, num_samples = 0.5, 50
-    log_weights = s * _randn(num_samples, 200_000) - s**2 / 2
-    zero = torch.zeros(200_000, dtype=torch.float64)
+    log_weights = s * _randn(num_samples, 100_000) - s**2 / 2
+    zero = torch.zeros(100_000, dtype=torch.float64)
     loss = losses.maximum_likelihood_importance_sampling(zero, log_weights, torch.zeros_like(log_weights))
-    assert loss.mean().item() == pytest.approx(-math.expm1(s**2) / (2 * num_samples), abs=9e-4)
+    assert loss.mean().item() == pytest.approx(-math.expm1(s**2) / (2 * num_samples), abs=1.2e-3)
     assert loss.mean() < 0
 
 

@@ -41,7 +41,9 @@ class _Parts(NamedTuple):
         return EnergyFunction(self.head, context, self.base, q), q, self.y
 
 
-def _parts(dim: int = 1, periodic: tuple[bool, ...] | None = None, base: str = "marginal", head: type = SeparableHead) -> _Parts:
+def _parts(
+    dim: int = 1, periodic: tuple[bool, ...] | None = None, base: str = "marginal", head: type = SeparableHead
+) -> _Parts:
     """A small model in double precision, away from its start: g varies by about one nat."""
     torch.manual_seed(0)
     targets = torch.randn(200, dim, dtype=torch.float64)
@@ -109,8 +111,10 @@ def test_exact_maximum_likelihood_is_the_negative_log_likelihood(
 ) -> None:
     parts = _parts(dim, periodic, base, head)
     f, _, y = parts.condition()
-    # 4096 jittered nodes leave G^-1.5 times the variation in one dimension, G^-1 in two.
-    tolerance = 1e-4 if dim == 1 else 2e-3
+    # G = 4096 jittered nodes leave a standard error of (Σ d² / 12)^½ / G in one dimension, d being the steps of exp(f
+    # - log p₀) from node to node: 2e-5 for the smooth g, 3e-4 for a proposal that is 20 times its reference. Two
+    # dimensions: G^-1 times a slope.
+    tolerance = 2e-3 if dim == 2 else 1e-3 if base == "proposal" else 1e-4
     loss, diagnostics = ExactMaximumLikelihood(4096, proposal_weight=0.0)(f, None, y, generator=_generator())
     with torch.no_grad():
         log_z = _log_partition(f)
@@ -118,7 +122,7 @@ def test_exact_maximum_likelihood_is_the_negative_log_likelihood(
     assert loss.shape == (ROWS,)
     torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(diagnostics["log_partition"], log_z, rtol=0, atol=tolerance)
-    assert expected.std() > 0.05
+    assert expected.std() > 0.01
 
 
 def test_gradient_of_exact_maximum_likelihood() -> None:
@@ -136,7 +140,8 @@ def test_exact_maximum_likelihood_trains_the_proposal_by_its_own_likelihood(base
     f, q, y = parts.condition()
     nll = ProposalNLL()(f, q, y).per_example
     losses = {
-        weight: ExactMaximumLikelihood(64, proposal_weight=weight)(f, q, y, generator=_generator()).per_example for weight in (0.0, 1.0, 2.5)
+        weight: ExactMaximumLikelihood(64, proposal_weight=weight)(f, q, y, generator=_generator()).per_example
+        for weight in (0.0, 1.0, 2.5)
     }
     torch.testing.assert_close(losses[2.5] - losses[0.0], 2.5 * nll)
     torch.testing.assert_close(losses[1.0] - losses[0.0], nll)
@@ -160,7 +165,11 @@ def test_no_gradient_of_the_proposals_loss_reaches_the_energy(kind: type, base: 
     f, q, y = parts.condition(detach_context=True)
     light, heavy, other = (
         objective(f, q, y, generator=_generator()).per_example.sum()
-        for objective in (kind(16, kl_weight=1.0), kind(16, kl_weight=7.0, nll_weight=3.0), kind(16, kl_weight=0.0, nll_weight=1.0))
+        for objective in (
+            kind(16, kl_weight=1.0),
+            kind(16, kl_weight=7.0, nll_weight=3.0),
+            kind(16, kl_weight=0.0, nll_weight=1.0),
+        )
     )
     for module in (parts.head, parts.encoder):
         _close(_gradients(light, module), _gradients(heavy, module))
@@ -176,9 +185,12 @@ def test_no_gradient_of_the_energys_loss_reaches_the_proposal(kind: type, base: 
     once, twice, own, both = (
         objective(f, q, y, generator=_generator()).per_example.sum()
         for objective in (
-            kind(16, kl_weight=1.0), kind(16, kl_weight=2.0), kind(16, kl_weight=0.0, nll_weight=1.0), kind(16, 1.0, 1.0)
+            kind(16, kl_weight=1.0),
+            kind(16, kl_weight=2.0),
+            kind(16, kl_weight=0.0, nll_weight=1.0),
+            kind(16, kl_weight=1.0, nll_weight=1.0),
         )
-    )  # fmt: skip
+    )
     kl = _gradients(once, parts.proposal)
     # Twice the weight, twice the gradient: there is nothing but the weighted term.
     _close([2 * g for g in kl], _gradients(twice, parts.proposal))
@@ -207,7 +219,7 @@ def test_nce_by_hand() -> None:
         nce, log_z = scores.logsumexp(0) - scores[0], scores[1:].logsumexp(0) - math.log(16)
         nll = -q.log_prob(y)
     loss, diagnostics = NCEWithLearnedProposal(16, kl_weight=0.5, nll_weight=2.0)(f, q, y, generator=_generator())
-    torch.testing.assert_close(loss.detach(), nce + 0.5 * log_z + 2 * nll)
+    torch.testing.assert_close(loss.detach(), nce + 2 * nll)  # J_KL gives a gradient, no value
     torch.testing.assert_close(diagnostics["log_partition"], log_z)
     loss, _ = MaximumLikelihoodImportanceSampling(16, kl_weight=0.0, nll_weight=2.0)(f, q, y, generator=_generator())
     torch.testing.assert_close(loss.detach(), log_z - f(y).detach() + 2 * nll)
@@ -217,13 +229,19 @@ def test_nce_by_hand() -> None:
 def test_gradient_of_the_proposals_loss_is_that_of_the_kl(kind: type) -> None:
     # 60 rows that are all alike, each with its own leaf: 60 independent estimates of one gradient.
     repeats, num_samples = 60, 4000
-    torch.manual_seed(0)
-    base = Marginal().double()
-    base.fit(torch.randn(200, 1, dtype=torch.float64))
     logits, means = torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor([[-0.8], [1.1]], dtype=torch.float64)
     scales = torch.tensor([[1.1], [0.9]], dtype=torch.float64)
     leaves = [t.expand(repeats, *t.shape).clone().requires_grad_() for t in (logits, means, scales)]
-    f = EnergyFunction(lambda context, v: context + (3 * v[..., 0]).sin(), torch.zeros(repeats, dtype=torch.float64), base)
+    # The energy has lighter tails than q: weights of finite variance.
+    narrow = GaussianMixture(-logits[None], 0.7 * means[None], 0.7 * scales[None])
+
+    def energy(rows: int) -> EnergyFunction:
+        head = lambda context, v: context + (3 * v[..., 0]).sin()  # noqa: E731
+        return EnergyFunction(
+            head, torch.zeros(rows, dtype=torch.float64), ProposalBase(Marginal().double()), narrow.expand((rows,))
+        )
+
+    f = energy(repeats)
     y = torch.zeros(repeats, 1, dtype=torch.float64)
     loss = kind(num_samples, kl_weight=1.0)(f, GaussianMixture(*leaves), y, generator=_generator()).per_example.sum()
     estimates = torch.cat([g.flatten(1) for g in torch.autograd.grad(loss, leaves)], 1)
@@ -232,12 +250,11 @@ def test_gradient_of_the_proposals_loss_is_that_of_the_kl(kind: type) -> None:
     truth = [t[None].clone().requires_grad_() for t in (logits, means, scales)]
     t = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
     z = t.sinh()
-    one = EnergyFunction(f.head, torch.zeros(1, dtype=torch.float64), base)
-    p = (one(z[:, None, None])[:, 0] + t.cosh().log()).softmax(0)
+    p = (energy(1)(z[:, None, None])[:, 0] + t.cosh().log()).softmax(0)
     kl = -(p * GaussianMixture(*truth).log_prob(z[:, None, None])[:, 0]).sum()
     expected = torch.cat([g.flatten(1) for g in torch.autograd.grad(kl, truth)], 1)[0]
-    # The standard error of the mean of the 60 estimates, which is known to 9 %; the bias, of order 1 / M, is a tenth of it. Four and a
-    # half of them for six numbers.
+    # The standard error of the mean of the 60 estimates is known to 9 %; the bias, of order 1 / M, is a tenth of it.
+    # Four and a half of them for six numbers.
     stderr = estimates.std(0) / math.sqrt(repeats)
     assert ((estimates.mean(0) - expected).abs() < 4.5 * stderr).all()
     # And that says something: the error is small against the gradient itself.
@@ -245,16 +262,16 @@ def test_gradient_of_the_proposals_loss_is_that_of_the_kl(kind: type) -> None:
 
 
 def test_gradient_of_importance_sampling_is_that_of_the_likelihood() -> None:
-    parts = _parts()
+    parts = _parts(base="proposal")  # the weights are exp g, bounded
     f, q, y = parts.condition()
+    objective = MaximumLikelihoodImportanceSampling(2000)
     estimates = torch.stack([
-        _gradients(
-            MaximumLikelihoodImportanceSampling(2000)(f, q, y, generator=_generator(seed)).per_example.mean(), parts.encoder
-        )[0].flatten()
+        _gradients(objective(f, q, y, generator=_generator(seed)).per_example.mean(), parts.encoder)[0].flatten()
         for seed in range(40)
     ])  # fmt: skip
     expected = _gradients((_log_partition(f) - f(y)).mean(), parts.encoder)[0].flatten()
-    # Twelve numbers, mean of 40 estimates with a standard error known to 11 %; the bias of order 1 / M is small against it.
+    # Twelve numbers, means of 40 estimates with a standard error known to 11 %; the bias, of order 1 / M, is small
+    # beside it.
     assert ((estimates.mean(0) - expected).abs() < 5 * estimates.std(0) / math.sqrt(40)).all()
 
 

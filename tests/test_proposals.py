@@ -24,7 +24,9 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
 def _mixture(dim: int = 1, rank: int = 0, periodic: tuple[bool, ...] | None = None) -> GaussianMixture:
     scales = 0.2 + 0.8 * _randn(ROWS, COMPONENTS, dim, seed=1).square().clamp_max(1)
     factor = _randn(ROWS, COMPONENTS, dim, rank, seed=2) if rank else None
-    return GaussianMixture(_randn(ROWS, COMPONENTS, seed=3), 2 * _randn(ROWS, COMPONENTS, dim, seed=4), scales, factor, periodic)
+    return GaussianMixture(
+        _randn(ROWS, COMPONENTS, seed=3), 2 * _randn(ROWS, COMPONENTS, dim, seed=4), scales, factor, periodic
+    )
 
 
 def _reference(q: GaussianMixture) -> MixtureSameFamily:
@@ -104,7 +106,9 @@ def test_a_very_wide_wrapped_density_is_uniform(scale: float) -> None:
     q = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), means, torch.full_like(means, scale), None, (True,))
     angle = _around_the_circle()[::64, None, None]
     # The first harmonic of a wrapped normal has the amplitude 2 exp(-scale² / 2): 3e-8 and less.
-    torch.testing.assert_close(q.log_prob(angle).exp(), torch.full_like(angle[..., 0], 1 / (2 * math.pi)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        q.log_prob(angle).exp(), torch.full_like(angle[..., 0], 1 / (2 * math.pi)), rtol=1e-3, atol=0
+    )
 
 
 def test_wrapped_cdf_is_the_integral_of_the_density() -> None:
@@ -141,7 +145,8 @@ def test_samples_follow_the_cdf(periodic: tuple[bool, ...], how: str) -> None:
         assert samples.abs().max() <= math.pi
     ordered = samples.sort(0).values
     statistic = _ks(ordered[..., 0], q.cdf(ordered))
-    # Three rows, six cases: a false alarm in 2 of 1000 choices of the seed. Stratified samples are closer than independent ones.
+    # Three rows, six cases: a false alarm in 2 of 1000 choices of the seed. Stratified samples are closer than
+    # independent ones.
     assert (statistic < LEVEL).all()
 
 
@@ -154,7 +159,7 @@ def test_moments_against_samples(dim: int, rank: int, how: str) -> None:
         samples = q.from_uniforms(uniforms.clamp(1e-9, 1 - 1e-9))
     else:
         samples = q.sample((n,), generator=_generator(), stratified=how == "stratified")
-    # Standard errors of the mean and of the variance of n independent samples; five of them for 9 rows and dimensions at most.
+    # Standard errors of the mean and of the variance of n independent samples; five of them for nine numbers at most.
     centred = samples - q.mean
     assert ((samples.mean(0) - q.mean).abs() < 5 * samples.std(0) / math.sqrt(n)).all()
     assert ((centred.square().mean(0) - q.variance).abs() < 5 * centred.square().std(0) / math.sqrt(n)).all()
@@ -210,7 +215,10 @@ def test_samples_depend_on_the_generator_alone_and_carry_no_gradient() -> None:
 def test_log_prob_does_not_underflow_a_thousand_scales_away(dim: int, rank: int) -> None:
     exact, y = _mixture(dim, rank), torch.full((1, dim), 1e3, dtype=torch.float64)
     single = GaussianMixture(
-        exact.log_mixing.float(), exact.means.float(), exact.scales.float(), None if exact.factor is None else exact.factor.float()
+        exact.log_mixing.float(),
+        exact.means.float(),
+        exact.scales.float(),
+        None if exact.factor is None else exact.factor.float(),
     )
     log_prob = single.log_prob(y.float())
     assert log_prob.dtype == torch.float32
@@ -218,6 +226,19 @@ def test_log_prob_does_not_underflow_a_thousand_scales_away(dim: int, rank: int)
     means = single.means.clone().requires_grad_()
     GaussianMixture(single.log_mixing, means, single.scales, single.factor).log_prob(y.float()).sum().backward()
     assert means.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.01, 1e-3])
+def test_low_rank_log_prob_is_accurate_in_single_precision(scale: float) -> None:
+    # Thin ellipses, down to the default floor of the scales, at points that are likely under them.
+    means, factor = _randn(200, 1, 2).float().double(), _randn(200, 1, 2, 1, seed=1).float().double()
+    logits, scales = torch.zeros(200, 1, dtype=torch.float64), torch.full_like(means, scale).float().double()
+    exact = GaussianMixture(logits, means, scales, factor)
+    y = exact.sample(generator=_generator()).float()
+    single = GaussianMixture(logits.float(), means.float(), scales.float(), factor.float())
+    # Differences of numbers of size 3 are known to 3e-7, in scales to 3e-4 at the floor; times a distance of 3 scales
+    # or so, and the factor's own rounding on the long axis.
+    torch.testing.assert_close(single.log_prob(y).double(), exact.log_prob(y.double()), rtol=0, atol=2e-5 / scale)
 
 
 def test_wrapped_log_prob_of_a_narrow_component_does_not_underflow() -> None:

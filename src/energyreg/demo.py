@@ -31,7 +31,7 @@ from torch import Tensor
 import energyreg as er
 from energyreg.checkpoint import write_atomically
 from energyreg.datasets import Protein, load_protein
-from energyreg.report import Example, ModelResult, Report, Score
+from energyreg.report import Example, ModelResult, Partition, Report, Score
 
 __all__ = ["FULL", "QUICK", "Setting", "main"]
 
@@ -111,15 +111,15 @@ SCORES = (
     ),
     Score(
         "coverage",
-        "90 % coverage",
-        "Share of observed values inside the predicted 90 % intervals. Best at 90 %: less means overconfident, more "
+        "90% coverage",
+        "Share of observed values inside the predicted 90% intervals. Best at 90%: less means overconfident, more "
         "means vague.",
         aim=LEVEL,
         format=".1%",
     ),
     Score(
         "interval_width",
-        "90 % width (Å)",
+        "90% width (Å)",
         "Mean width of those intervals. Narrower is better among models that keep their coverage. An interval must "
         "bridge the "
         "gap between two humps, so it hides what a model knows about them.",
@@ -247,14 +247,29 @@ def make_report(runs: Mapping[str, Run], data: Protein, results: Mapping[str, An
         target=TARGET,
         level=LEVEL,
         code="\n\n".join(inspect.getsource(function).rstrip() + "\n" for function in SHOWN),
-        diagnostics=energy.diagnostics,
-        diagnostics_of=ENERGY,
+        partition=check_partition(runs, x),
         setup=describe_setup(results),
         footer=(
             f"Data: {data.citation} Licence: {data.licence}",
             "Made by energyreg: energy-based regression in PyTorch.",
         ),
     )
+
+
+def check_partition(runs: Mapping[str, Run], x: NDArray[np.float64]) -> Partition:
+    """log Z of test rows by quadrature, and again by importance sampling from the mixture density network.
+
+    The two know nothing of each other: the mixture is a model of its own, trained beside the energy.
+    """
+    energy, mixture = runs[ENERGY].model, runs[MIXTURE].model
+    x = x[:: max(1, len(x) // 400)]
+    sampler = er.integrators.ImportanceSampling(num_samples=1024)
+    with torch.no_grad():
+        # Both models standardise y by the same training rows, so that they share one model space.
+        q = mixture.energy(mixture.check_inputs(x)).q
+        generator = torch.Generator().manual_seed(0)
+        points = sampler(energy.energy(energy.check_inputs(x)), q, generator=generator)
+    return Partition(ENERGY, energy(x).diagnostics, points, sampler.num_samples, in_text(MIXTURE))
 
 
 def summarise(runs: Mapping[str, Run], data: Protein, results: Mapping[str, Any]) -> list[str]:
@@ -309,21 +324,17 @@ def choose_examples(p: er.PredictiveDistribution, y: NDArray[np.float64]) -> tup
         chosen.setdefault(row, Example(title, note, float(y[row, 0])))
 
     humps = two_humps(p, intervals)
-    titles = {0.5: "Two humps, equally likely", 0.3: "Two humps, one favoured", 0.15: "Probably one, perhaps the other"}
+    titles = {0.5: "Two humps, equally likely", 0.35: "Two humps, one favoured", 0.2: "One likely, one not ruled out"}
     for share, title in titles.items():
         if left := [row for row in humps if row not in chosen]:
-            # The smaller hump's share decides, and among like shares the wider gap.
-            row = min(left, key=lambda r: abs(min(humps[r][:2]) / sum(humps[r][:2]) - share) - 0.01 * humps[r][2])
-            low, high, gap = humps[row]
-            choose(
-                row,
-                title,
-                f"The 90 % region has two parts, of {low:.0%} and {high:.0%} probability, {gap:.1f} Å apart.",
-            )
+            row = min(left, key=lambda r: humps[r].unlike(share))
+            hump = humps[row]
+            note = f"{hump.low:.0%} and {hump.high:.0%} of the probability, in two regions {hump.gap:.1f} Å apart."
+            choose(row, title, note)
     order = np.argsort([float(interval.diff(dim=1).sum()) for interval in intervals])
     percent = len(order) // 100
-    choose(int(order[percent]), "Certain", "99 % of the rows have a longer 90 % region.")
-    choose(int(order[-1 - percent]), "Uncertain", "99 % of the rows have a shorter 90 % region.")
+    choose(int(order[percent]), "Certain", "99% of the rows have a longer 90% region.")
+    choose(int(order[-1 - percent]), "Uncertain", "99% of the rows have a shorter 90% region.")
     choose(
         int(p.log_prob(y).argmin()),
         "Most surprising",
@@ -332,16 +343,36 @@ def choose_examples(p: er.PredictiveDistribution, y: NDArray[np.float64]) -> tup
     return list(chosen), list(chosen.values())
 
 
-def two_humps(p: er.PredictiveDistribution, intervals: Sequence[Tensor]) -> dict[int, tuple[float, float, float]]:
-    """Rows whose region has exactly two parts: row → probability of the lower and of the upper one, and their gap."""
+@dataclass(frozen=True)
+class Humps:
+    """A region of two parts: probability of the lower and of the upper one, their widths, and the gap between them."""
+
+    low: float
+    high: float
+    low_width: float
+    high_width: float
+    gap: float
+
+    def unlike(self, share: float) -> float:
+        """How far this is from two humps of similar height, wide apart, the smaller one with this share of both."""
+        small = min(self.low, self.high) / (self.low + self.high)
+        heights = math.log((self.low / self.low_width) / (self.high / self.high_width))
+        return abs(small - share) + 0.1 * abs(heights) - 0.01 * self.gap
+
+
+def two_humps(p: er.PredictiveDistribution, intervals: Sequence[Tensor]) -> dict[int, Humps]:
+    """The rows whose region has exactly two parts."""
     rows = [row for row, interval in enumerate(intervals) if len(interval) == 2]
     if not rows:
         return {}
     ends = torch.zeros(4, len(intervals), 1, dtype=torch.float64)
     ends[:, rows, 0] = torch.stack([intervals[row].double().cpu().reshape(4) for row in rows], 1)
-    levels = p.cdf(ends).double().cpu()
-    low, high, gap = levels[1] - levels[0], levels[3] - levels[2], ends[2, :, 0] - ends[1, :, 0]
-    return {row: (float(low[row]), float(high[row]), float(gap[row])) for row in rows}
+    parts = p.cdf(ends).double().cpu().diff(dim=0)
+    widths = ends[..., 0].diff(dim=0)
+    return {
+        row: Humps(*(float(v) for v in (parts[0, row], parts[2, row], widths[0, row], widths[2, row], widths[1, row])))
+        for row in rows
+    }
 
 
 def run_full(settings: Sequence[Setting], seeds: Sequence[int], output: Path) -> dict[str, Any]:
@@ -487,7 +518,7 @@ def describe_setup(results: Mapping[str, Any]) -> dict[str, str]:
         "Training": f"{setting['epochs']} epochs each; best epoch: {best}",
         "Seed": str(results["seed"]),
         "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        "{machine['system']}",
+        f"{machine['system']}",
         "Versions": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
         "Duration": f"{results['seconds']:.0f} s for training and scores of all models",
         "Command": results["command"],

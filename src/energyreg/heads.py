@@ -44,15 +44,16 @@ class TargetEmbedding(nn.Module):
         self.dim, self.periodic = dim, (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
         self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
         self.frequencies = nn.Parameter(2 * math.pi * frequency_scale * torch.randn(dim, num_frequencies))
-        harmonics = math.pi * torch.arange(1, num_frequencies + 1).float().expand(dim, -1)
-        self.register_buffer("harmonics", harmonics.clone(), persistent=False)
+        self.register_buffer(
+            "harmonics", torch.arange(1, num_frequencies + 1).expand(dim, -1).clone(), persistent=False
+        )
         self.register_buffer("angle", torch.tensor(self.periodic)[:, None], persistent=False)
         self.out_features = dim * (2 * num_frequencies + 1)
 
     def forward(self, v: Tensor) -> Tensor:
         """Map v of shape (*S, D) to features (*S, out_features)."""
         if any(self.periodic):
-            phase = v[..., None] * torch.where(self.angle, self.harmonics, self.frequencies)
+            phase = v[..., None] * torch.where(self.angle, math.pi * self.harmonics.to(v.dtype), self.frequencies)
             linear = torch.where(self.angle[:, 0], torch.zeros_like(v), v)
         else:
             phase, linear = v[..., None] * self.frequencies, v

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
 
 
 def _check_count(name: str, number: int, smallest: int = 1) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < smallest:
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < smallest:
         raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}.")
 
 

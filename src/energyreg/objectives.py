@@ -120,7 +120,9 @@ def _sample(
 def _proposal_loss(s: _Sampled, kl_weight: float, nll_weight: float) -> Tensor:
     loss = torch.zeros_like(s.log_q_target)
     if kl_weight:
-        loss = loss + kl_weight * losses.proposal_kl(s.f_samples, s.log_q_samples)
+        # Its gradient is what counts: its value estimates log Z, which would blur that of the loss.
+        kl = losses.proposal_kl(s.f_samples, s.log_q_samples)
+        loss = loss + kl_weight * (kl - kl.detach())
     if nll_weight:
         loss = loss + nll_weight * losses.proposal_nll(s.log_q_target)
     return loss
@@ -135,7 +137,7 @@ class NCEWithLearnedProposal:
 
     Args:
         num_samples: Samples M of the proposal per example.
-        kl_weight: Weight of J_KL, which draws q towards the energy-based density.
+        kl_weight: Weight of J_KL, which draws q towards the energy-based density. It adds its gradient, not its value.
         nll_weight: Weight of the proposal's own negative log-likelihood.
 
     Raises:

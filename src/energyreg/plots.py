@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from energyreg.predictive import Diagnostics, PredictiveDistribution
+    from energyreg.predictive import PredictiveDistribution
 
 __all__ = ["COLORS", "coverage_curve", "densities", "learning_curves", "log_partition", "pit_histogram"]
 
@@ -44,6 +44,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "legend.fontsize": 9.0,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of models and targets are texts, whatever dollars they hold
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "xtick.labelsize": 8.5,
@@ -82,7 +83,7 @@ def densities(
     titles: Sequence[str] | None = None,
     level: float = 0.9,
     label: str = "y",
-    num_points: int = 512,
+    num_points: int = 320,
     columns: int = 3,
 ) -> Figure:
     """Draw p(y|x) of chosen rows, one panel a row, the models one below the other on shared axes (D = 1).
@@ -97,7 +98,7 @@ def densities(
         titles: A heading for each of `rows`.
         level: Probability of the highlighted region, in (0, 1).
         label: Name and unit of y, at the horizontal axis.
-        num_points: Points of each curve.
+        num_points: Points of each curve, about half of them where the models see most probability.
         columns: Panels side by side, at most.
 
     Returns:
@@ -147,9 +148,9 @@ def densities(
             neutral = ax.xaxis.label.get_color()
             ax.text(0.0, 0.97, name, transform=ax.transAxes, color=color, va="top", weight="bold", size=8.5)
             if observed is not None and scores is not None:
-                ax.axvline(observed[row], color=neutral, linewidth=1.0, linestyle=(0, (3, 2)))
+                ax.plot([observed[row]] * 2, [0, 1.04 * top], color=neutral, linewidth=1.0, linestyle=(0, (3, 2)))
                 ax.text(1.0, 0.97, _signed(scores[name][row]), transform=ax.transAxes, ha="right", va="top", size=8.5)
-            ax.set_ylim(0.0, 1.32 * top)  # room for the names above the highest hump
+            ax.set_ylim(0.0, 1.5 * top)  # room for the names above the highest hump
             ax.set_yticks([])
             ax.spines["left"].set_visible(False)
         axes[-1].set_xlim(grid[0, row], grid[-1, row])
@@ -193,7 +194,7 @@ def pit_histogram(
     ax.axhline(1.0, color=_neutral(ax), linewidth=0.8, linestyle=(0, (3, 2)), zorder=1)
     ax.bar((np.arange(bins) + 0.5) / bins, heights, width=0.86 / bins, color=color, alpha=0.85, linewidth=0, zorder=2)
     ax.set(xlim=(0, 1), ylim=(0, max(1.6, 1.08 * heights.max())), title=title, xlabel="predicted probability below y")
-    ax.set_ylabel("share of rows × bars")
+    ax.set_ylabel("relative frequency")
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
     return _figure(ax)
 
@@ -292,21 +293,28 @@ def learning_curves(
     margin = 0.06 * (high - low) or 0.5
     ax.set(ylim=(low - margin, high + margin), xlabel="epoch", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _colored_legend(ax, loc="upper right")
+    _colored_legend(ax, loc="best")
     return _figure(ax)
 
 
 @_styled
 def log_partition(
-    diagnostics: Diagnostics, *, max_rows: int = 60, color: str = COLORS[2], figure: Figure | None = None
+    diagnostics: Any,
+    *,
+    reference: Any = None,
+    max_rows: int = 60,
+    color: str = COLORS[2],
+    figure: Figure | None = None,
 ) -> Figure:
     r"""Draw log Z of some rows with error bars of two standard errors, and below it what its trust rests on.
 
-    The strips below show the Pareto :math:`\hat k` of the weights, where values above 0.7 are not to be trusted, and
-    the effective sample size.
+    The strips below show the Pareto :math:`\hat k` of the weights, where values above 0.7 (crosses) are not to be
+    trusted, and the effective sample size.
 
     Args:
-        diagnostics: `model(x).diagnostics`, tensors of shape (B,).
+        diagnostics: `model(x).diagnostics`, or `WeightedPoints` of an integrator, for B rows.
+        reference: Another estimate of the same log Z, shape (B,): the difference is drawn then, which should be 0
+            within the bars for 19 of 20 rows.
         max_rows: Rows to draw, evenly spaced in the order of log Z.
         color: Colour of the marks.
         figure: Figure to draw into; by default a new one.
@@ -316,7 +324,7 @@ def log_partition(
 
     Raises:
         ImportError: Matplotlib is not installed.
-        ValueError: No row.
+        ValueError: No row, or a reference of another number of rows.
     """
     from matplotlib.figure import Figure
 
@@ -324,29 +332,30 @@ def log_partition(
     if len(log_z) == 0:
         raise ValueError("diagnostics has no rows. Pass those of at least one input.")
     order = np.argsort(log_z)
+    label = "log Z (nats)"
+    if reference is not None:
+        reference = _values(reference, "reference")
+        if len(reference) != len(log_z):
+            raise ValueError(
+                f"reference has {len(reference)} rows, but diagnostics has {len(log_z)}. Pass the same rows."
+            )
+        log_z, label = log_z - reference, "Δ log Z (nats)"
     pick = order[np.unique(np.linspace(0, len(order) - 1, min(max_rows, len(order))).round().astype(int))]
     place = np.arange(len(pick))
     figure = Figure(figsize=(7.2, 3.6), layout="constrained") if figure is None else figure
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(2.4, 1, 1))
-    stderr = _array(diagnostics.log_partition_stderr)
-    top.errorbar(
-        place,
-        log_z[pick],
-        yerr=2 * np.nan_to_num(stderr[pick]),
-        fmt="o",
-        color=color,
-        markersize=3,
-        elinewidth=1.2,
-        capsize=2,
-    )
-    top.set_ylabel("log Z (nats)")
-    k_hat = _array(diagnostics.pareto_k)
-    good = ~(k_hat[pick] > 0.7)
+    bars = 2 * np.nan_to_num(_array(diagnostics.log_partition_stderr)[pick])
+    if reference is not None:
+        top.axhline(0.0, color=_neutral(top), linewidth=0.8, linestyle=(0, (3, 2)))
+    top.errorbar(place, log_z[pick], yerr=bars, fmt="o", color=color, markersize=3, elinewidth=1.1)
+    top.set_ylabel(label)
+    k_hat = _array(diagnostics.pareto_k)[pick]
+    bad = k_hat > 0.7
     middle.axhline(0.7, color=_neutral(middle), linewidth=0.8, linestyle=(0, (3, 2)))
-    middle.plot(place[good], k_hat[pick][good], "o", color=color, markersize=3)
-    middle.plot(place[~good], k_hat[pick][~good], "x", color=_neutral(middle), markersize=5)
-    finite = k_hat[pick][np.isfinite(k_hat[pick])]
-    middle.set(ylabel="Pareto k̂", ylim=(min(0.0, *finite, 0.0) - 0.1, max(0.9, *finite, 0.9) + 0.1))
+    middle.plot(place[~bad], k_hat[~bad], "o", color=color, markersize=3)
+    middle.plot(place[bad], k_hat[bad], "x", color=_neutral(middle), markersize=4.5)
+    finite = k_hat[np.isfinite(k_hat)]
+    middle.set(ylabel="Pareto k̂", ylim=(min([0.0, *finite]) - 0.1, max([0.9, *finite]) + 0.1))
     bottom.plot(place, _array(diagnostics.effective_sample_size)[pick], "o", color=color, markersize=3)
     bottom.set(ylabel="ESS", ylim=(0, None), xlabel=f"{len(pick)} of {len(log_z):,} rows, in the order of log Z")
     bottom.set_xticks([])
@@ -377,7 +386,10 @@ def _colors(models: Mapping[str, Any]) -> list[str]:
 def _colored_legend(ax: Axes, loc: str) -> None:
     """Legend whose words have the colours of their curves, so that nothing has to be matched by eye."""
     words: dict[str, Any] = {"weight": "bold", "size": 8.5}
-    ax.legend(loc=cast(Any, loc), labelcolor="linecolor", handlelength=0, handletextpad=0, prop=words)
+    legend = ax.legend(loc=cast(Any, loc), labelcolor="linecolor", handlelength=0, handletextpad=0, prop=words)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_visible(False)
 
 
 def _signed(value: float) -> str:
@@ -432,12 +444,15 @@ def _density_grid(
     models: Mapping[str, PredictiveDistribution], observed: NDArray[np.float64] | None, num_points: int
 ) -> NDArray[np.float64]:
     """Points of each row's curves, shape (G, B): between the tails of all models, and the target in sight."""
-    tails = [_array(p.quantile(torch.tensor([0.004, 0.996], dtype=torch.float64))) for p in models.values()]
-    low, high = np.min([t[0] for t in tails], axis=0), np.max([t[1] for t in tails], axis=0)
+    # Levels of every model besides equal steps: a hump much narrower than the panel keeps its shape with few points.
+    levels = torch.linspace(0.02, 0.98, max(2, num_points // 6), dtype=torch.float64)
+    quantiles = np.concatenate([_array(p.quantile(levels)) for p in models.values()])
+    low, high = quantiles.min(0), quantiles.max(0)
     if observed is not None:
         low, high = np.fmin(low, observed), np.fmax(high, observed)
-    margin = 0.04 * (high - low)
-    return np.linspace(low - margin, high + margin, num_points)
+    margin = 0.04 * (high - low) + 1e-12
+    steps = np.linspace(low - margin, high + margin, max(2, num_points - len(quantiles)))
+    return np.sort(np.concatenate([steps, quantiles]), axis=0)
 
 
 def _on_grid(p: PredictiveDistribution, grid: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,7 +15,9 @@ from torch.nn import functional
 __all__ = ["DistributionProposal", "GaussianMixture", "MixtureDensityNetwork"]
 
 TURNS = 3
-"""Turns on either side that a wrapped density sums over: enough for scales up to 2π within 1e-4."""
+"""Turns on either side that a wrapped density sums over: enough for scales up to WIDEST."""
+WIDEST = 5.0
+"""Largest scale of a wrapped Gaussian, in radians."""
 
 
 class GaussianMixture(Distribution):
@@ -54,8 +56,14 @@ class GaussianMixture(Distribution):
                 "expected (B, K), (B, K, D) and (B, K, D)."
             )
         self.log_mixing = logits.log_softmax(-1)
-        self.means, self.scales, self.factor = means, scales, factor
         self.periodic = (False,) * means.shape[-1] if periodic is None else tuple(periodic)
+        if any(self.periodic):
+            # The sum over turns reaches TURNS from [-π, π): means are brought there, and a scale of 5 is uniform to
+            # 1e-5 already.
+            angle = torch.tensor(self.periodic, device=means.device)
+            means = torch.where(angle, torch.remainder(means + math.pi, 2 * math.pi) - math.pi, means)
+            scales = torch.where(angle, scales.clamp_max(WIDEST), scales)
+        self.means, self.scales, self.factor = means, scales, factor
         if factor is not None and any(self.periodic):
             raise ValueError("factor is given, but a dimension is periodic: low-rank covariances need real dimensions.")
         super().__init__(logits.shape[:-1], means.shape[-1:], validate_args=False)
@@ -80,10 +88,15 @@ class GaussianMixture(Distribution):
     def _component_log_prob(self, value: Tensor) -> Tensor:
         difference = value[..., None, :] - self.means
         if self.factor is not None:
-            components = torch.distributions.LowRankMultivariateNormal(
-                torch.zeros_like(self.means), self.factor, self.scales.square(), validate_args=False
-            )
-            return components.log_prob(difference)
+            # The squared distance as min over c of |t - W c|² + |c|²: no large numbers cancel, unlike in Woodbury's
+            # formula, which loses whole nats in single precision where scales are small beside the factor.
+            t, w = difference / self.scales, self.factor / self.scales[..., None]
+            capacitance = w.mT @ w + torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+            root = torch.linalg.cholesky(capacitance)
+            c = torch.cholesky_solve((w.mT @ t[..., None]), root.expand(*t.shape[:-1], *root.shape[-2:]))
+            squared = (t - (w @ c)[..., 0]).square().sum(-1) + c[..., 0].square().sum(-1)
+            log_det = self.scales.log().sum(-1) + root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            return -0.5 * squared - log_det - 0.5 * self.means.shape[-1] * math.log(2 * math.pi)
         if not any(self.periodic):
             # The squared distance is all that depends on y; the rest is added once per component.
             constant = self.scales.log().sum(-1) + 0.5 * self.means.shape[-1] * math.log(2 * math.pi)
@@ -328,7 +341,7 @@ class DistributionProposal(nn.Module):
 
     Raises:
         TypeError: On the first call, if the module does not return a torch distribution.
-        ValueError: On the first call, if its batch or event shape is another.
+        ValueError: If periodic has another length than dim; on the first call, if a batch or event shape is another.
     """
 
     def __init__(
@@ -336,7 +349,11 @@ class DistributionProposal(nn.Module):
     ) -> None:
         super().__init__()
         self.module, self.dim = module, dim
-        self.periodic = (False,) * dim if periodic is None else tuple(periodic)
+        self.periodic = (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
+        if len(self.periodic) != dim:
+            raise ValueError(
+                f"periodic has {len(self.periodic)} entries, but dim is {dim}; pass one flag per dimension."
+            )
 
     def forward(self, context: Tensor) -> Distribution:
         """Return q(y|x) for contexts of shape (B, C)."""

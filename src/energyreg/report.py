@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from energyreg import plots
 from energyreg.checkpoint import write_atomically
@@ -26,9 +27,10 @@ from energyreg.checkpoint import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from energyreg.points import WeightedPoints
     from energyreg.predictive import Diagnostics, PredictiveDistribution
 
-__all__ = ["Example", "ModelResult", "Report", "Score", "render", "write"]
+__all__ = ["Example", "ModelResult", "Partition", "Report", "Score", "render", "write"]
 
 # Matplotlib draws neutral parts in this colour, which no model has; in the page it becomes the colour of the text.
 _NEUTRAL = "#7a7b7c"
@@ -111,6 +113,25 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Partition:
+    """log Z of one model's test rows, and an independent estimate of it for some of them.
+
+    Args:
+        model: Name of the model.
+        quadrature: `model(x).diagnostics`, for B rows.
+        sampled: log Z of the same rows by importance sampling: `WeightedPoints`, or `Diagnostics`.
+        num_samples: Samples per row of it.
+        proposal: Name of what was sampled from.
+    """
+
+    model: str
+    quadrature: Diagnostics
+    sampled: WeightedPoints | Diagnostics
+    num_samples: int
+    proposal: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything on the page. All texts are plain: markup in them is shown, not obeyed.
 
@@ -124,8 +145,7 @@ class Report:
         level: Probability of the highlighted regions.
         code: The Python lines that made it.
         setup: Term → fact: data, split, sizes, machine, seed, versions.
-        diagnostics: `model(x).diagnostics` of some rows of the model named `diagnostics_of`. Optional.
-        diagnostics_of: Name of that model.
+        partition: What is known about log Z of the energy-based model. Optional.
         choice: How the examples were chosen.
         footer: Licence and citation of the data.
     """
@@ -139,8 +159,7 @@ class Report:
     code: str
     setup: Mapping[str, str]
     level: float = 0.9
-    diagnostics: Diagnostics | None = None
-    diagnostics_of: str = ""
+    partition: Partition | None = None
     choice: str = ""
     footer: Sequence[str] = field(default_factory=tuple)
 
@@ -252,12 +271,14 @@ def _density(report: Report, row: int) -> _Picture:
 
 def _calibration(report: Report) -> list[_Picture]:
     pictures = []
-    for index, model in enumerate(report.models):
+    bars = [np.histogram(np.asarray(model.pit), 20, range=(0, 1))[0] * 20 / len(model.pit) for model in report.models]
+    for index, (model, counts) in enumerate(zip(report.models, bars, strict=True)):
         color = plots.COLORS[index % len(plots.COLORS)]
-        counts = np.histogram(np.asarray(model.pit), 20, range=(0, 1))[0] * 20 / len(model.pit)
 
         def draw(model: ModelResult = model, color: str = color) -> Figure:
-            return plots.pit_histogram(model.pit, color=color)
+            figure = plots.pit_histogram(model.pit, color=color)
+            figure.axes[0].set_ylim(0, max(1.6, 1.08 * np.max(bars)))  # the same for all, to compare
+            return figure
 
         alternative = (
             f"Histogram of the PIT values of {model.name}, 20 bars. A calibrated model has bars of height 1; "
@@ -270,7 +291,7 @@ def _calibration(report: Report) -> list[_Picture]:
 def _coverage(report: Report) -> list[_Picture]:
     pits = {model.name: model.pit for model in report.models}
     kept = "; ".join(f"{name}: {np.mean(np.abs(2 * np.asarray(pit) - 1) <= 0.9):.1%}" for name, pit in pits.items())
-    alternative = f"Share of targets inside the intervals against the promised probability. At a promised 90 %, {kept}."
+    alternative = f"Share of targets inside the intervals against the promised probability. At a promised 90%, {kept}."
     return [
         _Picture(_svg(lambda: plots.coverage_curve(pits), alternative, "coverage"), title="Promised and kept"),
         _Picture(
@@ -300,37 +321,50 @@ def _learning(report: Report) -> list[_Picture]:
 
 
 def _partition(report: Report) -> dict[str, Any] | None:
-    if report.diagnostics is None:
+    if report.partition is None:
         return None
     from matplotlib.figure import Figure
 
-    diagnostics = report.diagnostics
-    stderr, k_hat, ess = (
-        np.asarray(getattr(diagnostics, name), dtype=float)
-        for name in ("log_partition_stderr", "pareto_k", "effective_sample_size")
-    )
-    color = next(
-        (plots.COLORS[i % len(plots.COLORS)] for i, m in enumerate(report.models) if m.name == report.diagnostics_of),
-        "",
-    )
+    quadrature, sampled = report.partition.quadrature, report.partition.sampled
+    names = [model.name for model in report.models]
+    color = plots.COLORS[names.index(report.partition.model) % len(plots.COLORS)]
+    reference = _numbers(quadrature.log_partition)
+    k_hat, stderr = _numbers(sampled.pareto_k), _numbers(sampled.log_partition_stderr)
+    trusted = k_hat <= 0.7
+    agree = np.abs(_numbers(sampled.log_partition) - reference) <= 2 * stderr
 
     def draw() -> Figure:
         figure = Figure(figsize=(3.5, 3.5), layout="constrained")
-        return plots.log_partition(diagnostics, max_rows=36, color=color or plots.COLORS[0], figure=figure)
+        return plots.log_partition(sampled, reference=reference, max_rows=40, color=color, figure=figure)
 
+    error = _numbers(quadrature.log_partition_stderr)
     facts = {
-        "rows": len(stderr),
-        "median_stderr": f"{np.nanmedian(stderr):.1e}",
-        "max_stderr": f"{np.nanmax(stderr):.1e}",
-        "max_k": f"{np.nanmax(k_hat):.2f}" if np.isfinite(k_hat).any() else "–",
-        "bad_k": int((k_hat > 0.7).sum()),
-        "min_ess": f"{np.nanmin(ess):.0f}",
+        "rows": f"{len(reference):,}",
+        "max_error": _small(float(np.nanmax(error))),
+        "median_stderr": f"{np.nanmedian(stderr):.2g}",
+        "trusted": f"{trusted.mean():.0%}",
+        "agree": f"{agree[trusted].mean() if trusted.any() else math.nan:.0%}",
+        "median_ess": f"{np.nanmedian(_numbers(sampled.effective_sample_size)):,.0f}",
     }
     alternative = (
-        f"log Z of test rows with error bars, Pareto k-hat and effective sample size. Standard error at most "
-        f"{facts['max_stderr']}, k-hat at most {facts['max_k']}, effective sample size at least {facts['min_ess']}."
+        "Difference of two estimates of log Z with error bars, Pareto k-hat and effective sample size, for some of "
+        f"{facts['rows']} "
+        f"test rows. The estimates agree within two standard errors for {facts['agree']} of the rows with k-hat up to "
+        "0.7."
     )
     return facts | {"picture": _Picture(_svg(draw, alternative, "partition"))}
+
+
+def _small(value: float) -> str:
+    """A small number as people write it: 0.012, but 4.8·10⁻⁷."""
+    if value == 0 or not math.isfinite(value) or abs(value) >= 1e-3:
+        return f"{value:.2g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}·10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def _numbers(values: Any) -> NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)
 
 
 def _svg(draw: Any, alternative: str, name: str) -> Any:

@@ -207,7 +207,7 @@ def fit(
             finished one returns at once.
         progress: True for a progress bar, or a line of text now and then where there is no terminal; None for a bar on
             a terminal only; False for silence.
-        accelerator: "cpu", "cuda", "mps" or "auto", as in Lightning Fabric; None for the device that the model is on.
+        accelerator: "cpu", "cuda" or "auto", as in Lightning Fabric; None for the device that the model is on.
         devices: How many devices, or a list of their numbers, as in Fabric.
         precision: "32-true", "64-true" (which leaves the model in float64), "bf16-mixed" or "16-mixed".
         strategy: "auto", "ddp", "ddp_spawn", "ddp_notebook" or a strategy object, as in Fabric.
@@ -252,15 +252,24 @@ def fit(
         job = _Job(model, objective, data, validation_data, settings, folder, resume, progress, started, os.getpid())
         history, weights = fabric.launch(partial(_run, job=job))
     if weights is not None:
-        model.load_state_dict(weights)
+        import safetensors.torch
+
+        model.to(torch.float64 if settings.precision == "64-true" else model.dtype)
+        model.load_state_dict(safetensors.torch.load(weights))
         model.eval()
     return history
 
 
-def _run(fabric: Fabric, job: _Job) -> tuple[History, dict[str, Tensor] | None]:
+def _run(fabric: Fabric, job: _Job) -> tuple[History, bytes | None]:
+    import safetensors.torch
+
     history = _Training(fabric, job).run()
-    # Strategies that spawn or fork train a copy of the model, whose weights have to travel back.
-    return history, job.model.state_dict() if os.getpid() != job.process else None
+    if os.getpid() == job.process:
+        return history, None
+    # Strategies that spawn or fork train a copy of the model, whose weights have to travel back: as bytes, since torch
+    # would send handles on memory that ends with this process.
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in job.model.state_dict().items()}
+    return history, safetensors.torch.save(weights)
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -346,6 +355,10 @@ def _make_fabric(
         except Exception as error:
             culprit = _culprit(arguments)
             raise ValueError(f"{culprit} cannot be used: {error}") from error
+        if fabric.device.type == "mps":
+            raise ValueError(
+                f"accelerator={accelerator!r} means Apple's GPU here, which has no float64; pass accelerator='cpu'."
+            )
         if find_unused_parameters and isinstance(strategy, str) and isinstance(fabric.strategy, DDPStrategy):
             notebook = fabric.strategy.launcher is not None and fabric.strategy.launcher.is_interactive_compatible
             method: Any = {"ddp_spawn": "spawn"}.get(strategy, "fork" if notebook else "popen")
@@ -413,8 +426,6 @@ def _seed_global(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
 
 
 @contextlib.contextmanager
@@ -450,15 +461,21 @@ class _Batch:
         y: Targets of this process in user units, (b, D).
         share: Weight of each row's loss here, such that the mean over the processes is the mean over the whole batch.
         rows: Row numbers in the caller's data; None for a DataLoader.
-        per_example: Filled by the training step: the losses, (b,), without gradient.
+        loss: Filled by the training step: the weighted sum of the losses, without gradient, before Fabric rounds it to
+            float32.
+        per_example: The same: the losses, (b,).
         diagnostics: The same: the objective's diagnostics.
+        finite: Whether all of x is finite, where that is not known beforehand.
     """
 
-    __slots__ = ("diagnostics", "per_example", "rows", "share", "x", "y")
+    __slots__ = ("diagnostics", "finite", "loss", "per_example", "rows", "share", "x", "y")
+
+    loss: Tensor
+    per_example: Tensor
 
     def __init__(self, x: Any, y: Tensor, share: float, rows: Tensor | None) -> None:
         self.x, self.y, self.share, self.rows = x, y, share, rows
-        self.per_example: Tensor | None = None
+        self.finite: Tensor | None = None
         self.diagnostics: dict[str, Tensor] = {}
 
 
@@ -495,7 +512,7 @@ class _Rows:
 
     def place(self, fabric: Fabric, dtype: torch.dtype) -> None:
         x = self.x.to(dtype) if self.x.is_floating_point() else self.x
-        y = self.y.float() if fabric.device.type == "mps" else self.y
+        y = self.y
         # All at once where it fits with ease; then no step waits for a transfer.
         if fabric.device.type != "cuda" or x.nbytes + y.nbytes < torch.cuda.mem_get_info(fabric.device)[0] // 4:
             x, y = fabric.to_device(x), fabric.to_device(y)
@@ -756,7 +773,7 @@ class TrainingStep(nn.Module):
         self.model, self.objective = model, objective
 
     def forward(self, batch: _Batch, generator: torch.Generator) -> Tensor:
-        """The weighted sum of the losses; the losses themselves and the diagnostics are left in the batch."""
+        """The weighted sum of the losses; it, the losses themselves and the diagnostics are left in the batch, too."""
         f, q, z = self.model.condition(batch.x, batch.y)
         per_example, diagnostics = self.objective(f, q, z, generator=generator)
         if per_example.shape != (len(batch.y),):
@@ -766,7 +783,9 @@ class TrainingStep(nn.Module):
             )
         batch.per_example = per_example.detach()
         batch.diagnostics = {name: value.detach() for name, value in diagnostics.items()}
-        return per_example.sum() * batch.share
+        loss = per_example.sum() * batch.share
+        batch.loss = loss.detach()
+        return loss
 
 
 def _has_unused_parameters(model: EnergyRegressionModel, objective: Any, data: _Data) -> bool:
@@ -826,8 +845,21 @@ class _Training:
         self.finished = False
         self.earlier_seconds = 0.0
         self.warned = False
-        self.pending: list[tuple[int, _Batch, Tensor, Tensor]] = []
+        self.pending: list[tuple[int, _Batch, Tensor]] = []
         self.progress = _Progress(job.progress if fabric.is_global_zero else False, job.settings.epochs, self.steps)
+        if fabric.world_size > 1:
+            self._compare_processes()
+
+    def _compare_processes(self) -> None:
+        """Stop in all processes if one has other data or settings: a script that draws data without a seed does that."""
+        differences = list(_differences(self.fabric.broadcast(self._conditions()), self._conditions()))
+        worst = self.fabric.all_reduce(torch.tensor(float(bool(differences))), reduce_op="sum")
+        if float(worst) > 0:  # type: ignore[arg-type]
+            here = f" Here: {differences[0]}." if differences else ""
+            raise ValueError(
+                "The processes were given different data or settings, but each must be given the same, of which it then "
+                f"takes its share. Seed whatever makes the data.{here}"
+            )
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -892,7 +924,7 @@ class _Training:
         self.generator.manual_seed(_mix(self.settings.seed, NOISE, step))
         loss = self.module(batch, self.generator)
         if self.eager:
-            self._check_loss(loss.item(), number, batch)
+            self._check_loss(float(batch.loss), number, batch)
         self.fabric.backward(loss)
         limit = math.inf if self.settings.gradient_clip is None else self.settings.gradient_clip
         norm = self.fabric.clip_gradients(self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False)
@@ -901,8 +933,10 @@ class _Training:
             self._check_norm(norm.item(), number, batch)
         self.optimizer.step()
         self.scheduler.step()
-        batch.x = batch.x if self.eager or batch.rows is None else None
-        self.pending.append((number, batch, loss.detach(), norm))
+        if batch.rows is None and isinstance(batch.x, Tensor) and not self.eager:
+            batch.finite = batch.x.isfinite().all()
+        batch.x = None  # it may be large, and the losses of many steps wait to be looked at
+        self.pending.append((number, batch, norm))
         if len(self.pending) >= WINDOW:
             self._flush(sums)
 
@@ -911,15 +945,16 @@ class _Training:
         if not self.pending:
             return
         pending, self.pending = self.pending, []
-        values = torch.stack([torch.stack([loss.double(), norm.double()]) for _, _, loss, norm in pending])
+        losses = torch.stack([batch.loss for _, batch, _ in pending]).double()
+        values = torch.stack([losses, torch.stack([norm for _, _, norm in pending]).double()], 1)
         if self.fabric.world_size > 1:
             values = self.fabric.all_reduce(values, reduce_op="mean")  # type: ignore[assignment]
-        for (number, batch, _, _), (loss, norm) in zip(pending, values.tolist(), strict=True):
+        for (number, batch, _), (loss, norm) in zip(pending, values.tolist(), strict=True):
             if not self.eager:
                 self._check_loss(loss, number, batch)
                 self._check_norm(norm, number, batch)
             sums.add_loss(loss)
-        sums.add_diagnostics([batch for _, batch, _, _ in pending])
+        sums.add_diagnostics([batch for _, batch, _ in pending])
         self.progress.step(self.epoch, pending[-1][0] + 1, sums.mean_loss())
 
     @torch.no_grad()
@@ -1032,8 +1067,10 @@ class _Training:
         )
 
     def _cause(self, batch: _Batch) -> str:
-        x, y = batch.x, batch.y
-        if isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()):
+        y, finite = batch.y, batch.finite
+        if finite is None and isinstance(batch.x, Tensor):
+            finite = batch.x.isfinite().all()
+        if finite is not None and not bool(finite):
             return "x has values that are not finite in this batch: clean the dataset behind the DataLoader."
         if not bool(y.isfinite().all()):
             return "y has values that are not finite in this batch: clean the dataset behind the DataLoader."
@@ -1060,8 +1097,6 @@ class _Training:
 
     def _details(self, batch: _Batch) -> str:
         """Which rows, and which quantities of them."""
-        if batch.per_example is None:
-            return ""
         parts = []
         bad = torch.zeros(len(batch.y), dtype=torch.bool, device=batch.per_example.device)
         for name, value in {"loss": batch.per_example, **batch.diagnostics}.items():
@@ -1173,13 +1208,9 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
 
 
 def _brief(value: Any) -> str:
-    return (
-        "a DataLoader"
-        if isinstance(value, Mapping) and "batches" in value
-        else "arrays"
-        if isinstance(value, Mapping)
-        else repr(value)
-    )
+    if isinstance(value, Mapping):
+        return "a DataLoader" if "batches" in value else "arrays"
+    return repr(value)
 
 
 class _Sums:
@@ -1205,10 +1236,12 @@ class _Sums:
     def mean_diagnostics(self, fabric: Fabric) -> dict[str, float]:
         if not self.diagnostics:
             return {}
-        means = torch.stack([total / count for total, count in self.diagnostics.values()])
+        sums = torch.stack(
+            [torch.stack([total, total.new_tensor(count)]) for total, count in self.diagnostics.values()]
+        )
         if fabric.world_size > 1:
-            means = fabric.all_reduce(means, reduce_op="mean")  # type: ignore[assignment]
-        return dict(zip(self.diagnostics, means.tolist(), strict=True))
+            sums = fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]
+        return dict(zip(self.diagnostics, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- progress
