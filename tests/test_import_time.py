@@ -5,15 +5,18 @@ import subprocess
 import sys
 
 LIMIT = 0.2
-"""Seconds that `import energyreg` may take where torch and NumPy are imported already."""
+"""Seconds that `import energyreg` may take where torch and NumPy are imported already.
+
+Of processor time: the clock's on an idle machine, and without the waiting for other processes on a busy one.
+"""
 
 MEASURE = """
 import json, sys, time
 import numpy, torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 {statement}
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(json.dumps([seconds, sorted(new - set(sys.stdlib_module_names))]))
 """
@@ -27,14 +30,9 @@ def measure(statement: str) -> tuple[float, set[str]]:
     return seconds, set(packages)
 
 
-def quickest(statement: str, limit: float, attempts: int = 3) -> float:
-    """Return the least time of up to three runs; a busy machine can only make an import slower."""
-    best = float("inf")
-    for _ in range(attempts):
-        best = min(best, measure(statement)[0])
-        if best < limit:
-            break
-    return best
+def is_quick(statement: str, attempts: int = 3) -> bool:
+    """Whether one of three runs stays below the limit; what disturbs a run can only make it slower."""
+    return any(measure(statement)[0] < LIMIT for _ in range(attempts))
 
 
 def test_import_loads_nothing_beyond_torch_and_numpy() -> None:
@@ -42,10 +40,9 @@ def test_import_loads_nothing_beyond_torch_and_numpy() -> None:
 
 
 def test_import_is_quick() -> None:
-    assert quickest("import energyreg", LIMIT) < LIMIT
+    assert is_quick("import energyreg")
 
 
-def test_a_heavy_import_is_seen() -> None:
-    seconds, packages = measure(f"import energyreg, rich; time.sleep({LIMIT})")
-    assert "rich" in packages
-    assert seconds > LIMIT
+def test_a_slow_import_and_a_heavy_one_are_seen() -> None:
+    assert not is_quick(f"while time.process_time() < start + {LIMIT}: pass", attempts=1)
+    assert "rich" in measure("import energyreg, rich")[1]

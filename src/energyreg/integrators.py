@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -18,7 +18,7 @@ __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
 
 
 def _check_count(name: str, number: int, smallest: int = 1) -> None:
-    if isinstance(number, bool) or not isinstance(number, Integral) or number < smallest:
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < smallest:
         raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}.")
 
 
@@ -163,14 +163,16 @@ class ImportanceSampling:
 class AdaptiveQuadrature:
     """Quadrature in one dimension for prediction: shared cells first, then own cells for the rows that need them.
 
-    The first cells are the same for all rows, finer towards both tails (or equal on a circle). Where two interleaved
-    halves of them disagree on log Z, or a proposal that is the base puts much of its mass into one cell, the row gets
-    new cells, at quantiles of the density found so far, until the halves agree.
+    The first cells are the same for all rows, finer towards both tails (or equal on a circle). A row gets new cells, at
+    quantiles of the density found so far, where one cell holds too much of its mass (or of its proposal's, if that is the
+    base), and as long as two interleaved halves of its cells disagree on log Z.
 
     Args:
         num_nodes: Cells per row.
         tolerance: Disagreement on log Z between the halves, in nats, above which a row is refined.
         max_refinements: How often at most.
+        max_mass: Probability in one cell above which a row is refined: within a cell the cdf is linear, so that this bounds
+            its error.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -179,6 +181,7 @@ class AdaptiveQuadrature:
     num_nodes: int = 512
     tolerance: float = 1e-3
     max_refinements: int = 4
+    max_mass: float = 0.025
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -186,6 +189,8 @@ class AdaptiveQuadrature:
         _check_count("max_refinements", self.max_refinements, 0)
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}; expected a number > 0, in nats.")
+        if not self.max_mass > 0:
+            raise ValueError(f"max_mass is {self.max_mass}; expected a number > 0.")
 
     def shared_cells(self, f: EnergyFunction) -> Cells:
         """The cells that all rows share."""
@@ -234,7 +239,7 @@ class AdaptiveQuadrature:
     def needs_refinement(self, f: EnergyFunction, cells: Cells) -> Tensor:
         """Which rows need cells of their own, shape (B,)."""
         with torch.no_grad():
-            needed = ~(cells.log_partition_stderr <= self.tolerance)
+            needed = ~(cells.log_partition_stderr <= self.tolerance) | (cells.masses.amax(0) > self.max_mass)
             if self._has_cdf(f):
-                needed = needed | (self._proposal_masses(f, cells).amax(0) > 0.25)
+                needed = needed | (self._proposal_masses(f, cells).amax(0) > self.max_mass)
         return needed

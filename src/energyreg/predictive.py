@@ -188,12 +188,15 @@ class PredictiveDistribution(Distribution):
         size = max(self._budget // (4 * floats), 1)
         return size if size < BLOCK else size // BLOCK * BLOCK
 
+    def _slices(self) -> list[slice]:
+        size = self._chunk_size()
+        return [slice(start, min(start + size, self._rows)) for start in range(0, self._rows, size)]
+
     def _chunks(self) -> list[_Chunk] | map[_Chunk]:
         """The chunks; kept for the next question where a single one holds all rows."""
         if self._cached is not None:
             return self._cached
-        size = self._chunk_size()
-        slices = [slice(start, min(start + size, self._rows)) for start in range(0, self._rows, size)]
+        slices = self._slices()
         if len(slices) == 1:
             self._cached = [self._compute(slices[0])]
             return self._cached
@@ -307,16 +310,21 @@ class PredictiveDistribution(Distribution):
         """
         y = self._as_target(value)
         if self._differentiable and torch.is_grad_enabled():
-            chunks = [self._compute(slice(0, self._rows))]
-            return self._chunk_log_prob(chunks[0], y)
-        return self._gather(lambda chunk: self._chunk_log_prob(chunk, y[..., chunk.rows, :]), -1)
+            chunk = self._compute(slice(0, self._rows))
+            return self._log_prob(chunk.f, chunk.log_partition, y)
+        with torch.no_grad():
+            if self._energy(slice(0, 1)).normalised:  # no nodes to evaluate: f is the log-density
+                zero = torch.zeros((), dtype=self._dtype, device=self._device)
+                return torch.cat(
+                    [self._log_prob(self._energy(rows), zero, y[..., rows, :]) for rows in self._slices()], -1
+                )
+        return self._gather(lambda chunk: self._log_prob(chunk.f, chunk.log_partition, y[..., chunk.rows, :]), -1)
 
-    def _chunk_log_prob(self, chunk: _Chunk, y: Tensor) -> Tensor:
-        inside = self._space.contains(y)
-        # Points outside take part with some point inside, so that no NaN arises, and are set to -inf at the end.
+    def _log_prob(self, f: EnergyFunction, log_partition: Tensor, y: Tensor) -> Tensor:
+        # Points outside stand somewhere inside in model space, so that no NaN arises, and are set to -inf at the end.
         z = self._space.to_model(y).to(self._dtype)
-        log_prob = chunk.f(z) - chunk.log_partition + self._space.log_abs_det_jacobian(y).to(self._dtype)
-        return torch.where(inside, log_prob, torch.full_like(log_prob, -torch.inf))
+        log_prob = f(z) - log_partition + self._space.log_abs_det_jacobian(y).to(self._dtype)
+        return torch.where(self._space.contains(y), log_prob, torch.full_like(log_prob, -torch.inf))
 
     def prob(self, value: Any) -> Tensor:
         """Density in user units, shape (*S, B); see `log_prob`."""
