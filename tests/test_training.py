@@ -166,7 +166,7 @@ def test_model_has_the_weights_of_its_best_epoch() -> None:
 def test_patience_stops_after_as_many_epochs_without_gain() -> None:
     model = make_model()
     settings = {"learning_rate": 0.3, "schedule": "constant", "patience": 3, "epochs": 100}
-    history = fit(model, validation=table(seed=1), **settings)
+    history = fit(model, validation=table(40, seed=1), **settings)
     assert history.stopped_early
     assert history.best_epoch is not None
     assert len(history.validation_nll) == history.best_epoch + 3 < 100
@@ -644,6 +644,11 @@ def test_bad_input_is_refused_before_anything_changes(name: str) -> None:
 def test_frozen_model_is_refused() -> None:
     with pytest.raises(ValueError, match="no parameters to train"):
         fit(make_model().requires_grad_(False))
+
+
+def test_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="model is a Linear; expected an EnergyRegressionModel"):
+        fit(nn.Linear(2, 1))  # type: ignore[arg-type]
 
 
 def test_device_that_is_absent_is_named() -> None:

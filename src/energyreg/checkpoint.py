@@ -404,11 +404,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _writing_error(path, error, len(content)) from error
+            raise writing_error(path, error, len(content)) from error
         raise
 
 
-def _writing_error(path: Path, error: OSError, size: int) -> OSError:
+def writing_error(path: Path, error: OSError, size: int) -> OSError:
+    """The same error with the path and a reason that the user can act on; size: bytes that were to be written."""
     reasons = {
         errno.ENOSPC: f"the disk is full ({size / 1e6:.1f} MB are needed)",
         errno.EDQUOT: f"the disk quota is used up ({size / 1e6:.1f} MB are needed)",

@@ -164,15 +164,14 @@ class AdaptiveQuadrature:
     """Quadrature in one dimension for prediction: shared cells first, then own cells for the rows that need them.
 
     The first cells are the same for all rows, finer towards both tails (or equal on a circle). A row gets new cells, at
-    quantiles of the density found so far, where one cell holds too much of its mass (or of its proposal's, if that is the
-    base), and as long as two interleaved halves of its cells disagree on log Z.
+    quantiles of the density found so far, where one cell holds too much of its mass (or of its proposal's, if that is
+    the base), and as long as two interleaved halves of its cells disagree on log Z.
 
     Args:
         num_nodes: Cells per row.
         tolerance: Disagreement on log Z between the halves, in nats, above which a row is refined.
         max_refinements: How often at most.
-        max_mass: Probability in one cell above which a row is refined: within a cell the cdf is linear, so that this bounds
-            its error.
+        max_mass: Probability in one cell above which a row is refined: within a cell the density is taken as linear.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -181,7 +180,7 @@ class AdaptiveQuadrature:
     num_nodes: int = 512
     tolerance: float = 1e-3
     max_refinements: int = 4
-    max_mass: float = 0.025
+    max_mass: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the arguments."""

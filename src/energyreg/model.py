@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,7 @@ class EnergyRegressionModel(nn.Module):
 
     @property
     def _parameter(self) -> Tensor:
-        for tensor in (*self.parameters(), *self.base.buffers()):
+        for tensor in chain(self.parameters(), self.base.buffers()):
             if tensor.is_floating_point():
                 return tensor
         raise AssertionError("a base has buffers")

@@ -194,7 +194,10 @@ class WeightedPoints:
 
 @dataclass(frozen=True)
 class Cells:
-    """Weighted points in one dimension with the cells that they stand for, in unit coordinates: a histogram.
+    """Weighted points in one dimension with the cells that they stand for, in unit coordinates.
+
+    The density is linear within each cell, with the cell's mass and a slope from its neighbours, so that the cdf is
+    quadratic there and its inverse has a closed form.
 
     Args:
         edges: Ascending edges of the cells from 0 to 1, shape (G + 1,), shared by all rows, or (G + 1, B).
@@ -229,27 +232,47 @@ class Cells:
         """Masses that sum to one, shape (G, B)."""
         return self.log_masses.softmax(0)
 
-    def _cumulative(self) -> Tensor:
-        cumulative = self.masses.double().cumsum(0)
-        return torch.cat([torch.zeros_like(cumulative[:1]), cumulative / cumulative[-1]]).T.contiguous()  # (B, G + 1)
-
-    def _row_edges(self) -> Tensor:
-        edges = self.edges if self.edges.ndim == 2 else self.edges[:, None].expand(-1, self.log_masses.shape[1])
-        return edges.T  # (B, G + 1)
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Edges, cumulative probabilities at them and slopes within the cells, (B, G + 1), (B, G + 1) and (B, G)."""
+        rows = self.log_masses.shape[1]
+        edges, centres = self.edges.double(), self.centres.double()
+        edges = edges if edges.ndim == 2 else edges[:, None]
+        centres = centres if centres.ndim == 2 else centres[:, None]
+        masses = self.masses.double()
+        cumulative = masses.cumsum(0)
+        cumulative = torch.cat([torch.zeros_like(cumulative[:1]), cumulative / cumulative[-1]])
+        widths = edges.diff(dim=0).clamp_min(1e-300)
+        density = masses / widths
+        # Half the relative change of the density across a cell, from its neighbours; at most what keeps it positive.
+        rise = (density[2:] - density[:-2]) / (centres[2:] - centres[:-2]).clamp_min(1e-300)
+        inner = (rise * widths[1:-1] / (2 * density[1:-1]).clamp_min(1e-300)).clamp(-1, 1)
+        slopes = torch.nn.functional.pad(inner, (0, 0, 1, 1))
+        return edges.expand(-1, rows).T.contiguous(), cumulative.T.contiguous(), slopes.T.contiguous()
 
     @staticmethod
-    def _interpolate(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
-        """Piecewise linear y(x), row by row: x and y of shape (B, G + 1), x ascending, values (S, B)."""
-        x, y, value = x.double(), y.double(), value.double().T.contiguous()
-        index = torch.searchsorted(x.contiguous(), value, right=True).sub_(1).clamp_(0, x.shape[1] - 2)
-        x0, x1, y0, y1 = x.gather(1, index), x.gather(1, index + 1), y.gather(1, index), y.gather(1, index + 1)
-        fraction = ((value - x0) / (x1 - x0).clamp_min(1e-300)).clamp(0, 1)
-        return torch.lerp(y0, y1, fraction).T
+    def _find(table: Tensor, value: Tensor) -> Tensor:
+        """Index of the cell of each value, row by row: a table (B, G + 1), values (B, S)."""
+        return torch.searchsorted(table, value, right=True).sub_(1).clamp_(0, table.shape[1] - 2)
 
     def cdf(self, u: Tensor) -> Tensor:
         """Cumulative distribution function at unit coordinates, (S, B) to (S, B), in double precision."""
-        return self._interpolate(self._row_edges(), self._cumulative(), u)
+        edges, cumulative, slopes = self._tables()
+        value = u.double().T.contiguous()
+        index = self._find(edges, value)
+        start, stop = edges.gather(1, index), edges.gather(1, index + 1)
+        t = ((value - start) / (stop - start).clamp_min(1e-300)).clamp(0, 1)
+        share = t + slopes.gather(1, index) * t * (t - 1)
+        return torch.lerp(cumulative.gather(1, index), cumulative.gather(1, index + 1), share).T
 
     def icdf(self, level: Tensor) -> Tensor:
         """Unit coordinates at cumulative probabilities, (S, B) to (S, B), in double precision."""
-        return self._interpolate(self._cumulative(), self._row_edges(), level)
+        edges, cumulative, slopes = self._tables()
+        value = level.double().T.contiguous()
+        index = self._find(cumulative, value)
+        start, stop = cumulative.gather(1, index), cumulative.gather(1, index + 1)
+        share = ((value - start) / (stop - start).clamp_min(1e-300)).clamp(0, 1)
+        slope = slopes.gather(1, index)
+        # The root of slope t² + (1 - slope) t = share in (0, 1), in the form that does not cancel.
+        linear = 1 - slope
+        t = 2 * share / (linear + (linear.square() + 4 * slope * share).clamp_min(0).sqrt()).clamp_min(1e-300)
+        return torch.lerp(edges.gather(1, index), edges.gather(1, index + 1), t.clamp(0, 1)).T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -76,17 +77,19 @@ class _Chunk:
 
     rows: slice
     f: EnergyFunction
-    points: WeightedPoints  # in model space; shared by all rows where its second dimension is 1
-    cells: Cells | None = None  # D = 1 by adaptive quadrature
+    nodes: Cells | WeightedPoints  # cells where D = 1 by adaptive quadrature
 
     @property
-    def log_weights(self) -> Tensor:
-        return self.points.log_weights
+    def cells(self) -> Cells | None:
+        return self.nodes if isinstance(self.nodes, Cells) else None
 
-    @property
-    def masses(self) -> Tensor:
-        """Probabilities of the points, shape (M, B)."""
-        return self.log_weights.softmax(0)
+    @cached_property
+    def points(self) -> WeightedPoints:
+        """The points in model space; shared by all rows where their second dimension is 1."""
+        if isinstance(self.nodes, WeightedPoints):
+            return self.nodes
+        centres = self.nodes.centres.reshape(len(self.nodes.centres), -1, 1)
+        return WeightedPoints(self.f.reference.from_unit(centres), self.nodes.log_masses, independent=False)
 
     @property
     def z(self) -> Tensor:
@@ -94,9 +97,18 @@ class _Chunk:
         return self.points.y
 
     @property
+    def log_weights(self) -> Tensor:
+        return self.nodes.log_masses if isinstance(self.nodes, Cells) else self.nodes.log_weights
+
+    @property
+    def masses(self) -> Tensor:
+        """Probabilities of the points, shape (M, B)."""
+        return self.log_weights.softmax(0)
+
+    @property
     def log_partition(self) -> Tensor:
         """Log Z, shape (B,); exactly 0 where f is the log-density of the base."""
-        log_z = self.points.log_partition
+        log_z = self.nodes.log_partition
         return torch.zeros_like(log_z) if self.f.normalised else log_z
 
 
@@ -205,10 +217,7 @@ class PredictiveDistribution(Distribution):
     def _compute(self, rows: slice) -> _Chunk:
         f = self._energy(rows)
         if isinstance(self.integrator, AdaptiveQuadrature):
-            cells = self._adapt(f, rows, self.integrator.shared_cells(f))
-            centres = cells.centres.reshape(len(cells.centres), -1, 1)
-            points = WeightedPoints(f.reference.from_unit(centres), cells.log_masses, independent=False)
-            return _Chunk(rows, f, points, cells=cells)
+            return _Chunk(rows, f, self._adapt(f, rows, self.integrator.shared_cells(f)))
         if isinstance(self.integrator, StratifiedQuadrature):
             return _Chunk(rows, f, replace(self.integrator, jitter=False)(f))
         # Points shared by all rows need one seed; others get one per block of rows.
@@ -225,7 +234,7 @@ class PredictiveDistribution(Distribution):
         if not len(pending):
             return cells
         count = len(cells.log_masses)
-        edges = cells._row_edges().T.clone()
+        edges = cells.edges[:, None].repeat(1, f.batch_size)
         centres = cells.centres[:, None].repeat(1, f.batch_size)
         log_masses = cells.log_masses.clone()
         floats = count * (f.floats_per_point(False) + 32)
@@ -706,7 +715,7 @@ class PredictiveDistribution(Distribution):
 
         def columns(chunk: _Chunk) -> Tensor:
             weights = chunk.log_weights
-            independent = chunk.points is not None and chunk.points.independent
+            independent = isinstance(chunk.nodes, WeightedPoints) and chunk.nodes.independent
             points = WeightedPoints(torch.zeros(len(weights), 1, 1, device=weights.device), weights, independent)
             return torch.stack(
                 [chunk.log_partition, points.log_partition_stderr, points.effective_sample_size, pareto_k(weights)], -1

@@ -17,6 +17,7 @@ import math
 import os
 import secrets
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -227,6 +228,8 @@ def fit(
         epochs, batch_size, learning_rate, weight_decay, schedule, gradient_clip, patience, seed, str(precision)
     )
     _check_progress_and_resume(progress, resume, checkpoint_dir)
+    if not isinstance(model, nn.Module) or not hasattr(model, "condition"):
+        raise ValueError(f"model is a {type(model).__name__}; expected an EnergyRegressionModel.")
     objective = model.default_objective() if objective is None else objective
     if not callable(objective):
         raise ValueError(
@@ -249,27 +252,40 @@ def fit(
             _check_processes(fabric.world_size, data, settings)
             unused = _has_unused_parameters(model, objective, data)
             fabric = _make_fabric(accelerator, devices, precision, strategy, find_unused_parameters=unused)
-        job = _Job(model, objective, data, validation_data, settings, folder, resume, progress, started, os.getpid())
-        history, weights = fabric.launch(partial(_run, job=job))
-    if weights is not None:
-        import safetensors.torch
-
-        model.to(torch.float64 if settings.precision == "64-true" else model.dtype)
-        model.load_state_dict(safetensors.torch.load(weights))
-        model.eval()
+        with tempfile.TemporaryDirectory(prefix="energyreg-") as scratch:
+            result = Path(scratch) / "result.safetensors"
+            job = _Job(
+                model,
+                objective,
+                data,
+                validation_data,
+                settings,
+                folder,
+                resume,
+                progress,
+                started,
+                os.getpid(),
+                result,
+            )
+            history = fabric.launch(partial(_run, job=job))
+            if history is None:
+                weights, state = checkpoint.load_training_state(result)
+                history = History(**state)
+                model.to(torch.float64 if settings.precision == "64-true" else model.dtype)
+                model.load_state_dict(weights)
+                model.eval()
     return history
 
 
-def _run(fabric: Fabric, job: _Job) -> tuple[History, bytes | None]:
-    import safetensors.torch
-
+def _run(fabric: Fabric, job: _Job) -> History | None:
     history = _Training(fabric, job).run()
     if os.getpid() == job.process:
-        return history, None
-    # Strategies that spawn or fork train a copy of the model, whose weights have to travel back: as bytes, since torch
-    # would send handles on memory that ends with this process.
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in job.model.state_dict().items()}
-    return history, safetensors.torch.save(weights)
+        return history
+    # A strategy that spawns or forks has trained a copy of the model. Its result travels back by a file: the queue that
+    # Fabric has for it blocks where the result is larger than a pipe's buffer.
+    if fabric.is_global_zero:
+        checkpoint.save_training_state(job.scratch, job.model.state_dict(), history.to_dict())
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -388,7 +404,17 @@ def _check_folder(folder: Path, size: int) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "checkpoint_dir is a file; expected a folder", str(folder))
     trial = folder / f".trial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        checkpoint.write_atomically(trial, bytes(size))
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(trial, "xb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, 2**20):
+                    file.write(bytes(min(2**20, size - start)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise checkpoint.writing_error(folder, error, size) from error
     finally:
         with contextlib.suppress(OSError):
             trial.unlink(missing_ok=True)
@@ -526,7 +552,7 @@ class _Rows:
         there = self.x.device == fabric.device
         for start in range(0, self.num_batches() * self.batch_size, self.batch_size):
             rows = slice(start + fabric.global_rank, start + self.batch_size, world)
-            x, y = self.x[index[rows]], self.y[index[rows]]
+            x, y = self.x.index_select(0, index[rows]), self.y.index_select(0, index[rows])
             if not there:
                 x, y = fabric.to_device(x), fabric.to_device(y)
             yield _Batch(x, y, share, order[rows])
@@ -819,6 +845,7 @@ class _Job:
     progress: bool | None
     started: float
     process: int
+    scratch: Path
 
 
 class _Training:
@@ -851,14 +878,14 @@ class _Training:
             self._compare_processes()
 
     def _compare_processes(self) -> None:
-        """Stop in all processes if one has other data or settings: a script that draws data without a seed does that."""
+        """Stop in all processes if one has other data or settings, as in a script that draws data without a seed."""
         differences = list(_differences(self.fabric.broadcast(self._conditions()), self._conditions()))
         worst = self.fabric.all_reduce(torch.tensor(float(bool(differences))), reduce_op="sum")
         if float(worst) > 0:  # type: ignore[arg-type]
             here = f" Here: {differences[0]}." if differences else ""
             raise ValueError(
-                "The processes were given different data or settings, but each must be given the same, of which it then "
-                f"takes its share. Seed whatever makes the data.{here}"
+                "The processes were given different data or settings, but each must be given the same, of which it "
+                f"then takes its share. Seed whatever makes the data.{here}"
             )
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
