@@ -30,7 +30,7 @@ def test_demo_writes_page_and_results(tiny, tmp_path, capsys):
     assert results.keys() >= {"command", "seed", "setting", "data", "machine", "versions", "models", "seconds"}
     assert results["seed"] == 3 and results["setting"]["width"] == 16
     assert results["data"]["rows"] == {"train": 300, "validation": 300, "test": 300}
-    assert results["machine"]["threads"] == torch.get_num_threads()
+    assert results["machine"]["threads"] == 1
     assert results["versions"].keys() >= {"python", "energyreg", "torch", "numpy", "lightning-fabric"}
     assert list(results["models"]) == [demo.GAUSSIAN, demo.MIXTURE, demo.ENERGY]
     page = (tmp_path / "out" / "report.html").read_text()
@@ -96,7 +96,7 @@ def test_humps_of_a_known_density():
     assert demo.two_humps(TwoUniforms(), [both[:1]] * 3) == {}
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "0"], ["--seed", "x"]])
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "0"], ["--threads", "0"], ["--seed", "x"]])
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         demo.main(arguments)
@@ -117,6 +117,13 @@ def test_interrupt_ends_quietly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run_quick", interrupted)
     assert demo.main(["--output", str(tmp_path)]) == 130
     assert "Stopped" in capsys.readouterr().err
+
+
+def test_threads_are_put_back(tmp_path, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(demo, "run_quick", lambda *a: seen.append(torch.get_num_threads()))
+    assert demo.main(["--output", str(tmp_path), "--threads", "2"]) == 0
+    assert seen == [2] and torch.get_num_threads() == before
 
 
 def test_interrupted_training_ends_the_demo(monkeypatch):

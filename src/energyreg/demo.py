@@ -49,20 +49,22 @@ class Setting:
         dropout: Dropout of the encoder.
         num_components: Gaussians of the mixture density network.
         epochs: Passes over the training rows.
+        learning_rate: Peak of the one-cycle schedule.
         max_rows: Use only the first so many training, validation and test rows each. All by default.
     """
 
     width: int = 256
-    dropout: float = 0.1
-    num_components: int = 8
-    epochs: int = 12
+    dropout: float = 0.2
+    num_components: int = 20
+    epochs: int = 20
+    learning_rate: float = 5e-3
     max_rows: int | None = None
 
 
 QUICK = Setting()
 FULL = (
-    Setting(width=256, dropout=0.25, num_components=8, epochs=40),
-    Setting(width=384, dropout=0.3, num_components=30, epochs=40),
+    Setting(width=256, dropout=0.25, num_components=8, learning_rate=3e-3, epochs=40),
+    Setting(width=384, dropout=0.3, num_components=30, learning_rate=3e-3, epochs=40),
 )
 
 
@@ -83,7 +85,8 @@ def train(model: er.EnergyRegressionModel, data: Protein, setting: Setting, seed
     """Fit a model, and keep the weights of its best epoch on the validation rows."""
     x, y, held_out = data.x, data.y, data.validation
     validation = (x[held_out], y[held_out])
-    return er.fit(model, x[data.train], y[data.train], validation=validation, epochs=setting.epochs, seed=seed)
+    budget: dict[str, Any] = {"epochs": setting.epochs, "learning_rate": setting.learning_rate}
+    return er.fit(model, x[data.train], y[data.train], validation=validation, seed=seed, **budget)
 
 
 def score(model: er.EnergyRegressionModel, data: Protein) -> dict[str, float]:
@@ -445,9 +448,9 @@ def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120, no_color=True, highlight=False)
+        console = Console(width=140, no_color=True, highlight=False)
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
-    table.add_column("Protein, test rows")
+    table.add_column("Protein, test rows", no_wrap=True)
     for column in SCORES:
         table.add_column(column.name, justify="right")
     for name, values in scores.items():
@@ -515,9 +518,10 @@ def describe_setup(results: Mapping[str, Any]) -> dict[str, str]:
         "Models": f"the same encoder for all, of width {setting['width']} with dropout {setting['dropout']}; "
         f"a mixture of {setting['num_components']} Gaussians",
         "Parameters": parameters,
-        "Training": f"{setting['epochs']} epochs each; best epoch: {best}",
+        "Training": f"{setting['epochs']} epochs each, peak learning rate {setting['learning_rate']}",
+        "Best epoch": best,
         "Seed": str(results["seed"]),
-        "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} thread(s), "
         f"{machine['system']}",
         "Versions": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
         "Duration": f"{results['seconds']:.0f} s for training and scores of all models",
@@ -536,8 +540,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="passes over the training rows (default: the setting's own)")
     parser.add_argument("--full", action="store_true", help="larger models and several seeds; prints a Markdown table")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds with --full, from --seed on (default: 3)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of PyTorch (default: 1; batches this small gain nothing, and lose where cores are busy)",
+    )
     options = parser.parse_args(arguments)
-    for name in ("epochs", "seeds"):
+    for name in ("epochs", "seeds", "threads"):
         number = getattr(options, name)
         if number is not None and number < 1:
             parser.error(f"argument --{name}: {number} is too few, expected at least 1")
@@ -554,6 +564,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 where the folder cannot be written to, 130 where it was interrupted.
     """
     options = parse(arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
     try:
         # A folder that cannot be written to is found before the training, not after it.
         write_atomically(options.output / ".writable", b"")
@@ -569,6 +581,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
+    finally:
+        torch.set_num_threads(threads)
     return 0
 
 
