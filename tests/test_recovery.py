@@ -166,29 +166,27 @@ def test_objectives_recover_a_ring_in_two_dimensions(objective):
         er.objectives.ExactMaximumLikelihood(num_nodes=24**2) if objective == "exact" else OBJECTIVES[objective]
     )
     model = train(make(objective, Real(2), dim=2), objective_, sample, steps=2000)
-    x = torch.linspace(-0.9, 0.9, 7)
-    axis = torch.linspace(-2, 2, 161)
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2).expand(-1, len(x), 2)
-    truth = log_prob(x, grid).double()
-    learned = model(x[:, None]).log_prob(grid).double()
-    assert float((truth.exp() * (truth - learned)).sum(0).mean() * 0.025**2) < 0.06
+    # By samples of the truth: its density has a pole at the origin, which a grid would hit. The standard error is 0.005.
+    x, y = sample(4000, torch.Generator().manual_seed(9))
+    assert float((log_prob(x[:, 0], y) - model(x).log_prob(y)).mean()) < 0.06
 
 
 @pytest.mark.slow
-def test_an_energy_on_its_proposal_is_no_worse_than_the_proposal():
-    """Uniform slabs, which no mixture of Gaussians has: the energy improves on the mixture that it starts from."""
+def test_an_energy_improves_on_the_proposal_that_it_starts_from():
+    """Two uniform slabs whose shares change with x, which no mixture of two Gaussians has."""
 
     def sample(n, generator):
         x = 2 * torch.rand(n, generator=generator) - 1
-        side = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0)
-        return x[:, None], side * (1 + x) + torch.rand(n, generator=generator) - 0.5
+        side = torch.where(torch.rand(n, generator=generator) < (1 + x) / 2, 1.0, -1.0)
+        return x[:, None], side + torch.rand(n, generator=generator) - 0.5
 
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU())
     model = er.EnergyRegressionModel(
-        encoder, SeparableHead(32, width=64), proposal=MixtureDensityNetwork(32, 1, 4), base=ProposalBase(Marginal())
+        encoder, SeparableHead(32, width=64), proposal=MixtureDensityNetwork(32, 1, 2), base=ProposalBase(Marginal())
     )
-    train(model, er.objectives.ExactMaximumLikelihood(num_nodes=128), sample, steps=1500, learning_rate=5e-3)
+    train(model, er.objectives.ExactMaximumLikelihood(num_nodes=128), sample, steps=800, learning_rate=5e-3)
     x, y = sample(4000, torch.Generator().manual_seed(9))
     gain = (model(x).log_prob(y) - model.proposal_model()(x).log_prob(y)).mean()
-    assert gain > 0.02
+    # A Gaussian with the moments of a uniform slab is 0.18 nats behind it.
+    assert gain > 0.1

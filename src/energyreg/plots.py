@@ -255,6 +255,7 @@ def learning_curves(
     *,
     quantity: str = "validation_nll",
     label: str = "validation NLL (nats)",
+    legend: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw one quantity of several training histories against the epoch, the lowest value marked by a dot.
@@ -263,6 +264,7 @@ def learning_curves(
         histories: Name → `History` of `er.fit`, or anything with a list of that name.
         quantity: Attribute to draw: a list with one number per epoch, such as `validation_nll` or `train_loss`.
         label: Name and unit of the quantity, at the vertical axis.
+        legend: Whether to name the curves.
         ax: Axes to draw into; by default a new figure.
 
     Returns:
@@ -293,7 +295,8 @@ def learning_curves(
     margin = 0.06 * (high - low) or 0.5
     ax.set(ylim=(low - margin, high + margin), xlabel="epoch", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _colored_legend(ax, loc="best")
+    if legend:
+        _colored_legend(ax, loc="best")
     return _figure(ax)
 
 
@@ -349,13 +352,12 @@ def log_partition(
         top.axhline(0.0, color=_neutral(top), linewidth=0.8, linestyle=(0, (3, 2)))
     top.errorbar(place, log_z[pick], yerr=bars, fmt="o", color=color, markersize=3, elinewidth=1.1)
     top.set_ylabel(label)
-    k_hat = _array(diagnostics.pareto_k)[pick]
+    k_hat = _array(diagnostics.pareto_k)[pick].clip(-1.0, 1.5)
     bad = k_hat > 0.7
     middle.axhline(0.7, color=_neutral(middle), linewidth=0.8, linestyle=(0, (3, 2)))
     middle.plot(place[~bad], k_hat[~bad], "o", color=color, markersize=3)
     middle.plot(place[bad], k_hat[bad], "x", color=_neutral(middle), markersize=4.5)
-    finite = k_hat[np.isfinite(k_hat)]
-    middle.set(ylabel="Pareto k̂", ylim=(min([0.0, *finite]) - 0.1, max([0.9, *finite]) + 0.1))
+    middle.set(ylabel="Pareto k̂", ylim=(-1.15, 1.65))
     bottom.plot(place, _array(diagnostics.effective_sample_size)[pick], "o", color=color, markersize=3)
     bottom.set(ylabel="ESS", ylim=(0, None), xlabel=f"{len(pick)} of {len(log_z):,} rows, in the order of log Z")
     bottom.set_xticks([])

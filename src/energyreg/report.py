@@ -314,7 +314,7 @@ def _learning(report: Report) -> list[_Picture]:
         )
 
         def draw(quantity: str = quantity, label: str = label) -> Figure:
-            return plots.learning_curves(histories, quantity=quantity, label=label)
+            return plots.learning_curves(histories, quantity=quantity, label=label, legend=quantity == "validation_nll")
 
         pictures.append(_Picture(_svg(draw, f"{title} by epoch. Lowest values: {lowest}.", quantity), title=title))
     return pictures
