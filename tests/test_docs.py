@@ -1,13 +1,16 @@
-"""Every Python block of the documentation runs: the blocks of a page in their order, as a reader would type them."""
+"""Every Python block of the documentation and the README runs, page by page, as a reader would type them."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 BLOCKS = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = {page.name: BLOCKS.findall(page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md"))}
+PAGES = {
+    page.name: BLOCKS.findall(page.read_text(encoding="utf-8"))
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in PAGES.items() if blocks])
