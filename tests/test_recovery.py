@@ -166,7 +166,7 @@ def test_objectives_recover_a_ring_in_two_dimensions(objective):
         er.objectives.ExactMaximumLikelihood(num_nodes=24**2) if objective == "exact" else OBJECTIVES[objective]
     )
     model = train(make(objective, Real(2), dim=2), objective_, sample, steps=2000)
-    # By samples of the truth: its density has a pole at the origin, which a grid would hit. The standard error is 0.005.
+    # By samples of the truth: its density has a pole at the origin, which a grid would hit. Standard error: 0.005.
     x, y = sample(4000, torch.Generator().manual_seed(9))
     assert float((log_prob(x[:, 0], y) - model(x).log_prob(y)).mean()) < 0.06
 
