@@ -56,7 +56,7 @@ class Setting:
     width: int = 256
     dropout: float = 0.2
     num_components: int = 20
-    epochs: int = 20
+    epochs: int = 25
     learning_rate: float = 5e-3
     max_rows: int | None = None
 
