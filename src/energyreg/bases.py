@@ -17,16 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from energyreg.spaces import periodic_flags
+
 __all__ = ["Lebesgue", "Marginal", "ProposalBase"]
-
-
-def _check_dims(dim: int, periodic: Sequence[bool] | None) -> tuple[bool, ...]:
-    if dim < 1:
-        raise ValueError(f"dim is {dim}; expected at least 1.")
-    flags = (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
-    if len(flags) != dim:
-        raise ValueError(f"periodic has {len(flags)} entries, but dim is {dim}; pass one flag per dimension.")
-    return flags
 
 
 class Lebesgue(nn.Module):
@@ -52,7 +45,7 @@ class Lebesgue(nn.Module):
         super().__init__()
         if not margin >= 0:
             raise ValueError(f"margin is {margin}; expected a number ≥ 0.")
-        self.dim, self.periodic, self.margin = dim, _check_dims(dim, periodic), margin
+        self.dim, self.periodic, self.margin = dim, periodic_flags(dim, periodic), margin
         bound = torch.tensor([math.pi if flag else 4.0 for flag in self.periodic])
         self.register_buffer("low", -bound)
         self.register_buffer("high", bound.clone())
@@ -135,7 +128,7 @@ class Marginal(nn.Module):
             raise ValueError(f"broad_scale is {broad_scale}; expected a number > 0.")
         if num_knots < 256:
             raise ValueError(f"num_knots is {num_knots}; expected at least 256.")
-        self.dim, self.periodic = dim, _check_dims(dim, periodic)
+        self.dim, self.periodic = dim, periodic_flags(dim, periodic)
         self.num_components, self.broad_share, self.broad_scale = num_components, broad_share, broad_scale
         self.num_knots = num_knots
         self.register_buffer("fitted", torch.tensor(False))

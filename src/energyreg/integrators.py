@@ -208,8 +208,7 @@ class AdaptiveQuadrature:
         # A peak may stand between two nodes: each cell lends its neighbours its mass.
         pooled = torch.nn.functional.max_pool1d(masses.T[:, None], 3, 1, 1)[:, 0].T
         # The square root of the density reaches further down a peak's flanks, where the rule errs most.
-        widths = cells.log_widths.exp()
-        flanks = (pooled * widths).sqrt()
+        flanks = (pooled * cells.widths).sqrt()
         guess = 0.45 * pooled / pooled.sum(0) + 0.35 * flanks / flanks.sum(0) + 0.1 / len(masses)
         guess = guess + 0.1 * (self._proposal_masses(f, cells) if self._has_cdf(f) else pooled / pooled.sum(0))
         source = Cells(cells.edges, cells.centres, guess.log())

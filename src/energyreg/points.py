@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -221,33 +222,43 @@ class Cells:
             self.centres.reshape(len(self.centres), -1, 1), self.log_masses, False
         ).log_partition_stderr
 
+    @staticmethod
+    def _columns(table: Tensor) -> Tensor:
+        """A table with a column per row, or one column where all rows share it, in double precision."""
+        return (table if table.ndim == 2 else table[:, None]).double()
+
+    @property
+    def widths(self) -> Tensor:
+        """Widths of the cells, above zero, shape (G, 1) or (G, B), in double precision."""
+        return self._columns(self.edges).diff(dim=0).clamp_min(1e-300)
+
     @property
     def log_widths(self) -> Tensor:
-        """Logarithms of the cells' widths, shape (G, 1) or (G, B), in double precision."""
-        widths = self.edges.diff(dim=0).clamp_min(1e-300).log()
-        return widths if widths.ndim == 2 else widths[:, None]
+        """Their logarithms."""
+        return self.widths.log()
+
+    @property
+    def row_centres(self) -> Tensor:
+        """The centres of each row, shape (G, B), in double precision."""
+        return self._columns(self.centres).expand(-1, self.log_masses.shape[1])
 
     @property
     def masses(self) -> Tensor:
         """Masses that sum to one, shape (G, B)."""
         return self.log_masses.softmax(0)
 
+    @cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """Edges, cumulative probabilities at them and slopes within the cells, (B, G + 1), (B, G + 1) and (B, G)."""
-        rows = self.log_masses.shape[1]
-        edges, centres = self.edges.double(), self.centres.double()
-        edges = edges if edges.ndim == 2 else edges[:, None]
-        centres = centres if centres.ndim == 2 else centres[:, None]
-        masses = self.masses.double()
+        edges, centres, widths, masses = self._columns(self.edges), self.row_centres, self.widths, self.masses.double()
         cumulative = masses.cumsum(0)
         cumulative = torch.cat([torch.zeros_like(cumulative[:1]), cumulative / cumulative[-1]])
-        widths = edges.diff(dim=0).clamp_min(1e-300)
         density = masses / widths
         # Half the relative change of the density across a cell, from its neighbours; at most what keeps it positive.
         rise = (density[2:] - density[:-2]) / (centres[2:] - centres[:-2]).clamp_min(1e-300)
         inner = (rise * widths[1:-1] / (2 * density[1:-1]).clamp_min(1e-300)).clamp(-1, 1)
         slopes = torch.nn.functional.pad(inner, (0, 0, 1, 1))
-        return edges.expand(-1, rows).T.contiguous(), cumulative.T.contiguous(), slopes.T.contiguous()
+        return edges.expand_as(cumulative).T.contiguous(), cumulative.T.contiguous(), slopes.T.contiguous()
 
     @staticmethod
     def _find(table: Tensor, value: Tensor) -> Tensor:
@@ -256,7 +267,7 @@ class Cells:
 
     def cdf(self, u: Tensor) -> Tensor:
         """Cumulative distribution function at unit coordinates, (S, B) to (S, B), in double precision."""
-        edges, cumulative, slopes = self._tables()
+        edges, cumulative, slopes = self._tables
         value = u.double().T.contiguous()
         index = self._find(edges, value)
         start, stop = edges.gather(1, index), edges.gather(1, index + 1)
@@ -266,7 +277,7 @@ class Cells:
 
     def icdf(self, level: Tensor) -> Tensor:
         """Unit coordinates at cumulative probabilities, (S, B) to (S, B), in double precision."""
-        edges, cumulative, slopes = self._tables()
+        edges, cumulative, slopes = self._tables
         value = level.double().T.contiguous()
         index = self._find(cumulative, value)
         start, stop = cumulative.gather(1, index), cumulative.gather(1, index + 1)

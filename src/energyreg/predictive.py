@@ -77,7 +77,12 @@ class _Chunk:
 
     rows: slice
     f: EnergyFunction
-    nodes: Cells | WeightedPoints  # cells where D = 1 by adaptive quadrature
+    integrate: Callable[[], Cells | WeightedPoints]
+
+    @cached_property
+    def nodes(self) -> Cells | WeightedPoints:
+        """Cells where D = 1 by adaptive quadrature, points otherwise; made when first asked for."""
+        return self.integrate()
 
     @property
     def cells(self) -> Cells | None:
@@ -107,9 +112,10 @@ class _Chunk:
 
     @property
     def log_partition(self) -> Tensor:
-        """Log Z, shape (B,); exactly 0 where f is the log-density of the base."""
-        log_z = self.nodes.log_partition
-        return torch.zeros_like(log_z) if self.f.normalised else log_z
+        """Log Z, shape (B,); exactly 0, without any nodes, where f is the log-density of the base."""
+        if self.f.normalised:
+            return self.f.context.new_zeros(self.f.batch_size)
+        return self.nodes.log_partition
 
 
 def _check_level(level: float) -> None:
@@ -187,28 +193,30 @@ class PredictiveDistribution(Distribution):
 
     # Chunks ----------------------------------------------------------------------------------------------------------
 
+    def _num_points(self) -> int:
+        """Points per row."""
+        if isinstance(self.integrator, ImportanceSampling):
+            return self.integrator.num_samples
+        if isinstance(self.integrator, StratifiedQuadrature):
+            return self.integrator.per_dimension(self._dim) ** self._dim
+        return self.integrator.num_nodes
+
     def _chunk_size(self) -> int:
         f = self._energy(slice(0, 1))
-        if isinstance(self.integrator, ImportanceSampling):
-            count, shared = self.integrator.num_samples, False
-            if not isinstance(f.q, GaussianMixture):
-                return BLOCK
-        else:
-            count, shared = self.integrator.num_nodes, True
+        count, shared = self._num_points(), not isinstance(self.integrator, ImportanceSampling)
+        if not shared and not isinstance(f.q, GaussianMixture):
+            return BLOCK
         # Besides the energy itself: weights, masses and cumulative sums in double precision.
         floats = count * (f.floats_per_point(shared) + 16 + 4 * self._dim)
         size = max(self._budget // (4 * floats), 1)
         return size if size < BLOCK else size // BLOCK * BLOCK
 
-    def _slices(self) -> list[slice]:
-        size = self._chunk_size()
-        return [slice(start, min(start + size, self._rows)) for start in range(0, self._rows, size)]
-
     def _chunks(self) -> list[_Chunk] | map[_Chunk]:
         """The chunks; kept for the next question where a single one holds all rows."""
         if self._cached is not None:
             return self._cached
-        slices = self._slices()
+        size = self._chunk_size()
+        slices = [slice(start, min(start + size, self._rows)) for start in range(0, self._rows, size)]
         if len(slices) == 1:
             self._cached = [self._compute(slices[0])]
             return self._cached
@@ -216,15 +224,18 @@ class PredictiveDistribution(Distribution):
 
     def _compute(self, rows: slice) -> _Chunk:
         f = self._energy(rows)
+        return _Chunk(rows, f, lambda: self._integrate(f, rows))
+
+    def _integrate(self, f: EnergyFunction, rows: slice) -> Cells | WeightedPoints:
         if isinstance(self.integrator, AdaptiveQuadrature):
-            return _Chunk(rows, f, self._adapt(f, rows, self.integrator.shared_cells(f)))
+            return self._adapt(f, rows, self.integrator.shared_cells(f))
         if isinstance(self.integrator, StratifiedQuadrature):
-            return _Chunk(rows, f, replace(self.integrator, jitter=False)(f))
+            return replace(self.integrator, jitter=False)(f)
         # Points shared by all rows need one seed; others get one per block of rows.
         shared = isinstance(f.q, GaussianMixture)
         generator = torch.Generator().manual_seed(self._seed if shared else self._seed + rows.start)
         sampler = ImportanceSampling(self.integrator.num_samples, self.integrator.stratified, quasi_random=shared)
-        return _Chunk(rows, f, sampler(f, f.q, generator=generator))
+        return sampler(f, f.q, generator=generator)
 
     def _adapt(self, f: EnergyFunction, rows: slice, cells: Cells) -> Cells:
         assert isinstance(self.integrator, AdaptiveQuadrature)
@@ -319,20 +330,13 @@ class PredictiveDistribution(Distribution):
         """
         y = self._as_target(value)
         if self._differentiable and torch.is_grad_enabled():
-            chunk = self._compute(slice(0, self._rows))
-            return self._log_prob(chunk.f, chunk.log_partition, y)
-        with torch.no_grad():
-            if self._energy(slice(0, 1)).normalised:  # no nodes to evaluate: f is the log-density
-                zero = torch.zeros((), dtype=self._dtype, device=self._device)
-                return torch.cat(
-                    [self._log_prob(self._energy(rows), zero, y[..., rows, :]) for rows in self._slices()], -1
-                )
-        return self._gather(lambda chunk: self._log_prob(chunk.f, chunk.log_partition, y[..., chunk.rows, :]), -1)
+            return self._log_prob(self._compute(slice(0, self._rows)), y)
+        return self._gather(lambda chunk: self._log_prob(chunk, y[..., chunk.rows, :]), -1)
 
-    def _log_prob(self, f: EnergyFunction, log_partition: Tensor, y: Tensor) -> Tensor:
+    def _log_prob(self, chunk: _Chunk, y: Tensor) -> Tensor:
         # Points outside stand somewhere inside in model space, so that no NaN arises, and are set to -inf at the end.
         z = self._space.to_model(y).to(self._dtype)
-        log_prob = f(z) - log_partition + self._space.log_abs_det_jacobian(y).to(self._dtype)
+        log_prob = chunk.f(z) - chunk.log_partition + self._space.log_abs_det_jacobian(y).to(self._dtype)
         return torch.where(self._space.contains(y), log_prob, torch.full_like(log_prob, -torch.inf))
 
     def prob(self, value: Any) -> Tensor:
@@ -608,8 +612,7 @@ class PredictiveDistribution(Distribution):
     def _zoom(self, chunk: _Chunk, best: Tensor) -> Tensor:
         """Narrow the bracket around the best cell (B,) by grids of nine points; model values, shape (B,)."""
         assert chunk.cells is not None
-        centres = chunk.cells.centres.double()
-        centres = centres if centres.ndim == 2 else centres[:, None].expand(-1, len(best))
+        centres = chunk.cells.row_centres
         padded = torch.cat([torch.zeros_like(centres[:1]), centres, torch.ones_like(centres[:1])])
         low, high = padded.gather(0, best[None])[0], padded.gather(0, best[None] + 2)[0]
         steps = torch.linspace(0, 1, 9, dtype=torch.double, device=low.device)[:, None]
@@ -659,10 +662,7 @@ class PredictiveDistribution(Distribution):
         whole = inside.all(1)  # a circle all inside has no border; it is cut where the model is
         starts[:, 0] |= whole
         stops[:, -1] |= whole
-        centres = (
-            chunk.cells.centres if chunk.cells.centres.ndim == 2 else chunk.cells.centres[:, None].expand(-1, rows)
-        )
-        unit, height = centres.T.double(), (density - threshold).T.double()
+        unit, height = chunk.cells.row_centres.T, (density - threshold).T.double()
 
         def crossing(cells: Tensor, step: int) -> Tensor:
             """Where the density, linear from a border cell to its neighbour outside, meets the threshold."""
@@ -721,8 +721,5 @@ class PredictiveDistribution(Distribution):
                 [chunk.log_partition, points.log_partition_stderr, points.effective_sample_size, pareto_k(weights)], -1
             )
 
-        table = self._gather(columns)
-        with torch.no_grad():
-            count = len(next(iter(self._chunks())).log_weights)
-        log_z, stderr, ess, k = table.unbind(-1)
-        return Diagnostics(log_z, stderr, ess, k, count)
+        log_z, stderr, ess, k = self._gather(columns).unbind(-1)
+        return Diagnostics(log_z, stderr, ess, k, self._num_points())

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn import functional
 
+from energyreg.spaces import periodic_flags
+
 __all__ = ["DistributionProposal", "GaussianMixture", "MixtureDensityNetwork"]
 
 TURNS = 3
@@ -276,11 +278,7 @@ class MixtureDensityNetwork(nn.Module):
         if not min_scale > 0:
             raise ValueError(f"min_scale is {min_scale}; expected a number > 0, in units of the standardised target.")
         self.context_dim, self.dim, self.num_components, self.rank = context_dim, dim, num_components, rank
-        self.periodic = (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
-        if len(self.periodic) != dim:
-            raise ValueError(
-                f"periodic has {len(self.periodic)} entries, but dim is {dim}; pass one flag per dimension."
-            )
+        self.periodic = periodic_flags(dim, periodic)
         if rank and any(self.periodic):
             raise ValueError(f"rank is {rank}, but a dimension is periodic: low-rank covariances need real dimensions.")
         self.width, self.min_scale = width, min_scale
@@ -349,11 +347,7 @@ class DistributionProposal(nn.Module):
     ) -> None:
         super().__init__()
         self.module, self.dim = module, dim
-        self.periodic = (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
-        if len(self.periodic) != dim:
-            raise ValueError(
-                f"periodic has {len(self.periodic)} entries, but dim is {dim}; pass one flag per dimension."
-            )
+        self.periodic = periodic_flags(dim, periodic)
 
     def forward(self, context: Tensor) -> Distribution:
         """Return q(y|x) for contexts of shape (B, C)."""

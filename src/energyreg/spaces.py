@@ -597,6 +597,20 @@ class Product(TargetSpace):
         raise IndexError(column)
 
 
+def periodic_flags(dim: int, periodic: Sequence[bool] | None) -> tuple[bool, ...]:
+    """Whether each dimension is an angle, as plain booleans; none of them for None.
+
+    Raises:
+        ValueError: If dim < 1, or periodic has another length than dim.
+    """
+    if dim < 1:
+        raise ValueError(f"dim is {dim}; expected at least 1.")
+    flags = (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
+    if len(flags) != dim:
+        raise ValueError(f"periodic has {len(flags)} entries, but dim is {dim}; pass one flag per dimension.")
+    return flags
+
+
 def _exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in _DEVICES_WITHOUT_FLOAT64 else torch.float64
 

@@ -537,8 +537,7 @@ class _Rows:
         return len(self.y) // self.batch_size
 
     def place(self, fabric: Fabric, dtype: torch.dtype) -> None:
-        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
-        y = self.y
+        x, y = self.x.to(dtype) if self.x.is_floating_point() else self.x, self.y
         # All at once where it fits with ease; then no step waits for a transfer.
         if fabric.device.type != "cuda" or x.nbytes + y.nbytes < torch.cuda.mem_get_info(fabric.device)[0] // 4:
             x, y = fabric.to_device(x), fabric.to_device(y)
