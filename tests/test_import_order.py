@@ -16,8 +16,8 @@ SOURCE = Path(energyreg.__file__).parent
 LAYERS = [
     {"losses", "spaces", "points"},
     {"bases", "proposals", "heads", "encoders"},
-    {"energy"},
-    {"integrators", "refine"},
+    {"energy", "noise"},
+    {"integrators", "mcmc", "refine"},
     {"objectives"},
     {"predictive"},
     {"model"},

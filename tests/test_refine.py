@@ -59,6 +59,30 @@ def test_points_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("step_size", [[0.3, 0.1], torch.tensor([[0.3, 0.1]] * 3), torch.full((4, 3, 2), 0.2)])
+def test_steps_may_differ_by_dimension_and_by_point(step_size: list[float] | Tensor) -> None:
+    start = _randn(4, 3, 2)
+    step = torch.as_tensor(step_size).double().expand_as(start)
+    together = refine(_humps, start, num_steps=4, step_size=step_size)
+    alone = [
+        refine(_humps, start[s, b][None], num_steps=4, step_size=step[s, b])[0] for s in range(4) for b in range(3)
+    ]
+    torch.testing.assert_close(together, torch.stack(alone).reshape(4, 3, 2), rtol=0, atol=1e-6)
+
+
+def test_angles_are_wrapped_and_nothing_else() -> None:
+    def function(y: Tensor) -> Tensor:  # highest at the angle 3.5, beyond the cut, and at the number 5
+        return (y[..., 0] - 3.5).cos() - (y[..., 1] - 5).square()
+
+    start = torch.tensor([[3.0, 4.0], [-2.0 + 4 * math.pi, 6.0]], dtype=torch.float64)
+    y = refine(function, start, num_steps=200, step_size=0.3, periodic=(True, False))
+    # cos is 1 to the last digit of float64 within 1e-8 of its top: nothing climbs closer.
+    torch.testing.assert_close(y, torch.tensor([[3.5 - 2 * math.pi, 5.0]] * 2).double(), rtol=0, atol=1e-6)
+    free = refine(function, start, num_steps=200, step_size=0.3)
+    torch.testing.assert_close(free[0], torch.tensor([3.5, 5.0]).double(), rtol=0, atol=1e-6)
+    assert refine(function, start, num_steps=0, periodic=(True, False))[1, 0].item() == pytest.approx(-2.0)
+
+
 def test_no_steps_no_change() -> None:
     start = _randn(2, 3, 1)
     assert torch.equal(refine(_humps, start, num_steps=0), start)
@@ -103,6 +127,10 @@ def test_keeps_dtype_and_start_and_carries_no_gradient(dtype: torch.dtype) -> No
         ({"step_size": 0.0}, "step_size is 0.0"),
         ({"step_size": torch.tensor([0.1, -0.1])}, "step_size is"),
         ({"step_size": math.nan}, "step_size is nan"),
+        ({"step_size": torch.ones(3)}, "step_size has length 3; expected one number, or 2"),
+        ({"step_size": [0.1]}, "step_size has length 1; expected one number, or 2"),
+        ({"step_size": torch.ones(4, 2)}, r"step_size has shape \(4, 2\)"),
+        ({"periodic": [True]}, "periodic has 1 entries, but dim is 2"),
         ({"decay": 0.0}, "decay is 0.0"),
         ({"decay": 1.0}, "decay is 1.0"),
     ],

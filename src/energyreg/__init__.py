@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from energyreg import bases, encoders, heads, integrators, losses, objectives, proposals, spaces
+from energyreg import bases, encoders, heads, integrators, losses, mcmc, noise, objectives, proposals, spaces
 from energyreg.checkpoint import CheckpointError, load, save
 from energyreg.model import EnergyRegressionModel
 from energyreg.points import WeightedPoints
@@ -40,7 +40,9 @@ __all__ = [
     "integrators",
     "load",
     "losses",
+    "mcmc",
     "metrics",
+    "noise",
     "objectives",
     "plots",
     "proposals",

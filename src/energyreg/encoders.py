@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["QuantileNormalizer", "TableEncoder"]
+__all__ = ["QuantileNormalizer", "TableEncoder", "TwinEncoder"]
 
 
 class QuantileNormalizer(nn.Module):
@@ -155,3 +155,48 @@ class TableEncoder(nn.Module):
         scores = self.normalizer(x)
         phase = scores[..., None] * self.frequencies
         return self.layers(torch.cat([scores, phase.sin().flatten(1), phase.cos().flatten(1)], 1))
+
+
+class TwinEncoder(nn.Module):
+    """Two encoders of one input: the head sees the context of the first, the proposal that of the second.
+
+    So the two share nothing, as paper IV's mixture and its energy-based teacher: neither the energy nor the proposal
+    shapes the other's features.
+
+    Args:
+        energy: Maps x to the head's context, shape (B, C).
+        proposal: Maps x to the proposal's context, shape (B, C').
+
+    Source:
+        Gustafsson et al., AISTATS 2022 (mixture density network with an energy-based teacher).
+    """
+
+    def __init__(self, energy: nn.Module, proposal: nn.Module) -> None:
+        super().__init__()
+        self.energy, self.proposal = energy, proposal
+        self._channels: int | None = None
+        if isinstance(columns := getattr(energy, "num_features", None), int):
+            self.num_features = columns
+
+    @property
+    def fitted(self) -> bool:
+        """Whether both encoders have seen the training inputs."""
+        return all(bool(getattr(part, "fitted", True)) for part in (self.energy, self.proposal))
+
+    def fit(self, x: Tensor) -> None:
+        """Fit both encoders, as far as they have anything to fit."""
+        for part in (self.energy, self.proposal):
+            fit = getattr(part, "fit", None)
+            if callable(fit) and not bool(getattr(part, "fitted", True)):
+                fit(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x to both contexts, one behind the other, shape (B, C + C')."""
+        energy, proposal = self.energy(x), self.proposal(x)
+        self._channels = energy.shape[-1]
+        return torch.cat([energy, proposal], -1)
+
+    def split(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The context of the head, (B, C), and that of the proposal, (B, C'), from what `forward` returned."""
+        assert self._channels is not None
+        return context[..., : self._channels], context[..., self._channels :]

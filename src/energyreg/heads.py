@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["JointHead", "SeparableHead", "TargetEmbedding"]
+__all__ = ["JointHead", "SelfNormalisedHead", "SeparableHead", "TargetEmbedding"]
 
 
 class TargetEmbedding(nn.Module):
@@ -185,3 +185,36 @@ class JointHead(nn.Module):
         for layer in self.layers:
             hidden = hidden + functional.silu(layer(hidden))
         return self.output(hidden)[..., 0]
+
+
+class SelfNormalisedHead(nn.Module):
+    """A head with a learned log-normaliser, g(x, y) - b(x), for the self-normalised likelihood.
+
+    b is one linear layer on the context, and zero at the start.
+
+    Args:
+        head: Any head.
+        context_dim: Context channels C.
+
+    Raises:
+        ValueError: If context_dim is smaller than one.
+
+    Source:
+        Senetaire et al., "Learning energy-based models by self-normalising the likelihood", arXiv 2503.07021.
+    """
+
+    def __init__(self, head: nn.Module, context_dim: int) -> None:
+        super().__init__()
+        _check_sizes(context_dim=context_dim)
+        self.head, self.context_dim = head, context_dim
+        self.log_normaliser = nn.Linear(context_dim, 1)
+        nn.init.zeros_(self.log_normaliser.weight)
+        nn.init.zeros_(self.log_normaliser.bias)
+
+    def floats_per_point(self, shared: bool) -> int:
+        """Working memory of one value of g, in floats; what chunks are sized by."""
+        return 1 + getattr(self.head, "floats_per_point", lambda shared: 2048)(shared)
+
+    def forward(self, context: Tensor, v: Tensor) -> Tensor:
+        """Return g - b of shape (*S, B) for contexts (B, C) and coordinates (*S, B, D) or (*S, 1, D)."""
+        return self.head(context, v) - self.log_normaliser(context)[..., 0]

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from energyreg import objectives
 from energyreg.bases import Lebesgue, Marginal, ProposalBase
-from energyreg.encoders import TableEncoder
+from energyreg.encoders import TableEncoder, TwinEncoder
 from energyreg.energy import EnergyFunction
 from energyreg.heads import JointHead, SeparableHead
 from energyreg.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
@@ -299,11 +299,14 @@ class EnergyRegressionModel(nn.Module):
     def _q(self, context: Any) -> Distribution | None:
         if self.proposal is None:
             return None
-        detach = self.detach_context if self.detach_context is not None else not isinstance(self.base, ProposalBase)
+        detach = self.detach_context
+        if detach is None:  # an encoder of the proposal's own learns from nothing else
+            detach = not isinstance(self.base, ProposalBase) and not isinstance(self.encoder, TwinEncoder)
         return self.proposal(context.detach() if detach else context)
 
     def _energy(self, context: Tensor) -> EnergyFunction:
-        return EnergyFunction(self.head, context, self.base, self._q(context))
+        both = self.encoder.split(context) if isinstance(self.encoder, TwinEncoder) else (context, context)
+        return EnergyFunction(self.head, both[0], self.base, self._q(both[1]))
 
     def energy(self, x: Any) -> EnergyFunction:
         """The energy function f(x, ·) of a batch, in model space; its ``q`` is the proposal."""

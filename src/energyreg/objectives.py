@@ -1,11 +1,18 @@
-"""Training objectives: (f, q, y) to a loss per example. They say what to sample, how many, and which loss."""
+"""Training objectives: (f, q, y) to a loss per example. They say what to sample, how many, and which loss.
+
+All have one contract: ``objective(f, q, y, generator=...)`` returns a :class:`Loss`. f is any function of y that knows
+its rows (an :class:`~energyreg.energy.EnergyFunction`, or your own), q the proposal or None, y the targets in model
+space. None sees a model.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -13,15 +20,29 @@ from torch.distributions import Distribution
 from energyreg import losses
 from energyreg.energy import EnergyFunction
 from energyreg.integrators import ImportanceSampling, StratifiedQuadrature
+from energyreg.mcmc import Langevin
+from energyreg.noise import GaussianNoise
 from energyreg.points import WeightedPoints
 
 __all__ = [
+    "DenoisingScoreMatching",
     "ExactMaximumLikelihood",
+    "KLDImportanceSampling",
     "Loss",
     "MaximumLikelihoodImportanceSampling",
+    "MaximumLikelihoodMCMC",
+    "MaximumLikelihoodWithLearnedProposal",
+    "NCE",
     "NCEWithLearnedProposal",
+    "NonFiniteLossError",
+    "ProposalKL",
     "ProposalNLL",
+    "ScoreMatching",
+    "SelfNormalisedLikelihood",
 ]
+
+Energy = Callable[[Tensor], Tensor]
+"""y of shape (*S, B, D) in model space to f of shape (*S, B); row b knows the context of example b."""
 
 
 class Loss(NamedTuple):
@@ -36,10 +57,75 @@ class Loss(NamedTuple):
     diagnostics: dict[str, Tensor]
 
 
+class NonFiniteLossError(ValueError):
+    """A loss is not finite: f or q is NaN or infinite somewhere, or q has no density at a target.
+
+    Attributes:
+        loss: The loss as it is.
+    """
+
+    def __init__(self, message: str, loss: Loss) -> None:
+        super().__init__(message)
+        self.loss = loss
+
+
+def _finish(per_example: Tensor, diagnostics: dict[str, Tensor], **parts: Tensor) -> Loss:
+    """The loss, unless it is not finite: then an error that says which part of it is not, and in how many rows.
+
+    Args:
+        per_example: The loss of each example.
+        diagnostics: What comes with it.
+        **parts: Ingredients by the name of the argument that they came from, row dimension last or second to last.
+    """
+    loss = Loss(per_example, {name: value.detach() for name, value in diagnostics.items()})
+    # On a GPU this question would wait for the step; `fit` looks at many losses at once, later.
+    if per_example.is_cuda or bool(per_example.isfinite().all()):
+        return loss
+    rows = per_example.numel()
+    bad = int((~per_example.isfinite()).sum())
+    found = []
+    for name, value in parts.items():
+        value = value.detach()
+        if name == "q":
+            count = int((value == -torch.inf).sum())
+            if count:
+                found.append(
+                    f"q has no density at the target in {count} of {rows} rows ({count / rows:.1%}): give it support "
+                    "wherever a target may be, e.g. by a broad component"
+                )
+            value = value.nan_to_num(0.0, 0.0, 0.0) + torch.where(value.isnan(), torch.nan, 0.0)
+        count = int((value.isnan() | (value == torch.inf)).sum())
+        if count:
+            found.append(f"{name} is NaN or infinite at {count} of {value.numel()} points")
+        elif name == "f" and value.ndim == 1 and bool((value == -torch.inf).any()):
+            count = int((value == -torch.inf).sum())
+            found.append(f"f is -inf at the target in {count} of {rows} rows: its base has no density there")
+    reason = "; ".join(found) or "f and q are finite, so the loss itself has overflowed"
+    raise NonFiniteLossError(f"The loss of {bad} of {rows} rows is not finite: {reason}.", loss)
+
+
 def _check_weights(**weights: float) -> None:
     for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} is {weight}; expected a number ≥ 0.")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight}; expected a finite number ≥ 0.")
+
+
+def _check_count(name: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
+        raise ValueError(f"{name} is {number!r}; expected a whole number of at least 1.")
+
+
+def _check_noise(noise: GaussianNoise) -> None:
+    if not isinstance(noise, GaussianNoise):
+        raise TypeError(f"noise is a {type(noise).__name__}; expected an energyreg.noise.GaussianNoise.")
+
+
+def _check_scale(name: str, scale: float | Sequence[float], dim: int | None = None) -> None:
+    values = torch.as_tensor(scale, dtype=torch.double)
+    if values.ndim > 1 or not values.numel() or not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(f"{name} is {scale}; expected a finite number > 0, or one per target dimension.")
+    if dim is not None and values.ndim and len(values) != dim:
+        raise ValueError(f"{name} has {len(values)} numbers, but y has {dim} dimensions.")
 
 
 def _require_proposal(q: Distribution | None, objective: str) -> Distribution:
@@ -48,14 +134,23 @@ def _require_proposal(q: Distribution | None, objective: str) -> Distribution:
     return q
 
 
-def _diagnostics(f_target: Tensor, log_weights: Tensor) -> dict[str, Tensor]:
+def _weight_diagnostics(f_target: Tensor, log_weights: Tensor, independent: bool = True) -> dict[str, Tensor]:
     with torch.no_grad():
-        points = WeightedPoints(log_weights.new_zeros(len(log_weights), 1, 1), log_weights)
+        points = WeightedPoints(log_weights.new_zeros(len(log_weights), 1, 1), log_weights.detach(), independent)
         return {
             "f_target": f_target.detach(),
             "log_partition": points.log_partition,
+            "log_partition_stderr": points.log_partition_stderr,
             "effective_sample_size": points.effective_sample_size,
         }
+
+
+def _with_proposal(loss: Tensor, q: Distribution | None, y: Tensor, weight: float) -> Tensor:
+    """Add the proposal's own likelihood where the model has a proposal that nothing else would train."""
+    return loss if q is None or not weight else loss + weight * losses.proposal_nll(q.log_prob(y))
+
+
+# Quadrature ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,14 +185,167 @@ class ExactMaximumLikelihood:
         if y.shape[-1] > 2:
             raise ValueError(
                 f"y has {y.shape[-1]} dimensions, but quadrature serves at most 2; use NCEWithLearnedProposal or "
-                "MaximumLikelihoodImportanceSampling with a proposal."
+                "MaximumLikelihoodWithLearnedProposal with a proposal."
             )
         f_target = f(y)
         log_weights = StratifiedQuadrature(self.num_nodes).log_weights(f, generator=generator)
         loss = losses.maximum_likelihood_quadrature(f_target, log_weights)
-        if q is not None and self.proposal_weight:
-            loss = loss + self.proposal_weight * losses.proposal_nll(q.log_prob(y))
-        return Loss(loss, _diagnostics(f_target, log_weights))
+        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        return _finish(loss, _weight_diagnostics(f_target, log_weights, False), f=f_target, Z=log_weights.logsumexp(0))
+
+
+# Noise around the target ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaximumLikelihoodImportanceSampling:
+    """Maximum likelihood with the partition function by importance sampling from noise around the target (ML-IS).
+
+    Biased low by about half the relative variance of the estimate of Z, which falls as 1/M.
+
+    Args:
+        noise: Noise around the target, which is the importance sampler.
+        num_samples: Samples M per example.
+        proposal_weight: Weight of the proposal's own negative log-likelihood, where the model has a proposal.
+
+    Raises:
+        ValueError: If num_samples is not a whole number ≥ 1 or proposal_weight is negative.
+        TypeError: If noise is of another type.
+
+    Source:
+        Gustafsson et al., ECCV 2020.
+    """
+
+    noise: GaussianNoise
+    num_samples: int = 256
+    proposal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_noise(self.noise)
+        _check_count("num_samples", self.num_samples)
+        _check_weights(proposal_weight=self.proposal_weight)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss for targets y in model space, shape (B, D)."""
+        samples = self.noise.sample(y, self.num_samples, generator=generator)
+        log_noise = self.noise.log_prob(samples, y)
+        f_target, f_samples = f(y), f(samples)
+        loss = losses.maximum_likelihood_importance_sampling(f_target, f_samples, log_noise)
+        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
+        return _finish(loss, diagnostics, f=_stack(f_target, f_samples))
+
+
+@dataclass(frozen=True)
+class KLDImportanceSampling:
+    """KL divergence from a Gaussian label density around the target to the model, by importance sampling (KLD-IS).
+
+    It treats the label as uncertain: what it learns is the conditional density convolved with that Gaussian.
+
+    Args:
+        noise: Noise around the target, which is the importance sampler.
+        label_scale: Standard deviation of the label density in model space, a number or one per dimension.
+        num_samples: Samples M per example.
+        self_normalised: Whether the weights of the second term are normalised; see
+            :func:`~energyreg.losses.kld_importance_sampling`.
+        proposal_weight: Weight of the proposal's own negative log-likelihood, where the model has a proposal.
+
+    Raises:
+        ValueError: If num_samples is not a whole number ≥ 1, label_scale is not > 0, or proposal_weight is negative.
+        TypeError: If noise is of another type.
+
+    Source:
+        Gustafsson et al., BMVC 2020.
+    """
+
+    noise: GaussianNoise
+    label_scale: float | Sequence[float]
+    num_samples: int = 256
+    self_normalised: bool = True
+    proposal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_noise(self.noise)
+        _check_scale("label_scale", self.label_scale)
+        _check_count("num_samples", self.num_samples)
+        _check_weights(proposal_weight=self.proposal_weight)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss for targets y in model space, shape (B, D)."""
+        _check_scale("label_scale", self.label_scale, y.shape[-1])
+        label = GaussianNoise(np.atleast_2d(self.label_scale).tolist(), self.noise.periodic)
+        samples = self.noise.sample(y, self.num_samples, generator=generator)
+        log_noise = self.noise.log_prob(samples, y)
+        f_samples = f(samples)
+        loss = losses.kld_importance_sampling(f_samples, log_noise, label.log_prob(samples, y), self.self_normalised)
+        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        with torch.no_grad():
+            f_target = f(y)
+        diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
+        return _finish(loss, diagnostics, f=f_samples)
+
+
+@dataclass(frozen=True)
+class NCE:
+    """Ranking noise contrastive estimation with noise around the target; with beta > 0 it is NCE+.
+
+    NCE+ takes for the positive not the target but a point near it, drawn from the noise with its scales multiplied by
+    beta, while the noise stays centred at the target and its density is the one with the unscaled scales.
+
+    Args:
+        noise: Noise around the target.
+        num_samples: Noise samples M per example.
+        beta: Scale of the positive's noise, relative to the noise's own; 0 for plain NCE.
+        proposal_weight: Weight of the proposal's own negative log-likelihood, where the model has a proposal.
+
+    Raises:
+        ValueError: If num_samples is not a whole number ≥ 1, or beta or proposal_weight is negative.
+        TypeError: If noise is of another type.
+
+    Source:
+        Gustafsson et al., BMVC 2020 (NCE+); ECCV 2020.
+    """
+
+    noise: GaussianNoise
+    num_samples: int = 256
+    beta: float = 0.0
+    proposal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_noise(self.noise)
+        _check_count("num_samples", self.num_samples)
+        _check_weights(beta=self.beta, proposal_weight=self.proposal_weight)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss for targets y in model space, shape (B, D)."""
+        samples = self.noise.sample(y, self.num_samples, generator=generator)
+        positive = self._positive(y, generator)
+        f_target, f_samples = f(positive), f(samples)
+        log_noise_target, log_noise = self.noise.log_prob(positive, y), self.noise.log_prob(samples, y)
+        loss = losses.nce(f_target, f_samples, log_noise_target, log_noise)
+        diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
+        diagnostics["target_share"] = (-loss).exp()
+        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        return _finish(loss, diagnostics, f=_stack(f_target, f_samples))
+
+    def _positive(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
+        if not self.beta:
+            return y
+        scales = [[self.beta * scale for scale in row] for row in self.noise.scales]  # type: ignore[union-attr]
+        near = GaussianNoise(scales, self.noise.periodic, stratified=False)
+        return near.sample(y, 1, generator=generator)[0]
+
+
+# The proposal as noise -----------------------------------------------------------------------------------------------
 
 
 class _Sampled(NamedTuple):
@@ -106,10 +354,20 @@ class _Sampled(NamedTuple):
     log_q_target: Tensor
     log_q_samples: Tensor
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        log_weights = self.f_samples - self.log_q_samples - math.log(len(self.f_samples))
+        return _weight_diagnostics(self.f_target, log_weights)
 
-def _sample(
-    f: EnergyFunction, q: Distribution, y: Tensor, num_samples: int, generator: torch.Generator | None
-) -> _Sampled:
+    def finish(self, loss: Tensor, diagnostics: dict[str, Tensor]) -> Loss:
+        return _finish(loss, diagnostics, q=self.log_q_target, f=_stack(self.f_target, self.f_samples))
+
+
+def _stack(f_target: Tensor, f_samples: Tensor) -> Tensor:
+    """f at all points, (M + 1, B), for messages."""
+    return torch.cat([f_target.detach()[None], f_samples.detach()])
+
+
+def _sample(f: Energy, q: Distribution, y: Tensor, num_samples: int, generator: torch.Generator | None) -> _Sampled:
     """Evaluate f and q at the target and at samples of q, in one pass each; the samples carry no gradient."""
     samples = ImportanceSampling(num_samples).sample(q, generator=generator)
     points = torch.cat([y[None], samples])
@@ -128,12 +386,24 @@ def _proposal_loss(s: _Sampled, kl_weight: float, nll_weight: float) -> Tensor:
     return loss
 
 
+def _check_learned(num_samples: int, kl_weight: float, nll_weight: float) -> None:
+    _check_count("num_samples", num_samples)
+    _check_weights(kl_weight=kl_weight, nll_weight=nll_weight)
+    if not kl_weight + nll_weight:
+        raise ValueError(
+            "kl_weight and nll_weight are both 0, so that the proposal would never learn; raise one of them."
+        )
+
+
 @dataclass(frozen=True)
 class NCEWithLearnedProposal:
     """NCE for f with the proposal as noise, and J_KL (or its likelihood, or both) for the proposal, as in paper IV.
 
     The gradient of the NCE term reaches f alone, that of the proposal's terms q alone: the samples and log q in the
     former, and f in the latter, are detached.
+
+    With both weights ½ and a proposal that has a network of its own (:class:`~energyreg.encoders.TwinEncoder`), it is
+    paper IV's mixture with an energy-based teacher; the mixture is then ``model.proposal_model()``.
 
     Args:
         num_samples: Samples M of the proposal per example.
@@ -154,30 +424,24 @@ class NCEWithLearnedProposal:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        ImportanceSampling(self.num_samples)
-        _check_weights(kl_weight=self.kl_weight, nll_weight=self.nll_weight)
-        if not self.kl_weight + self.nll_weight:
-            raise ValueError(
-                "kl_weight and nll_weight are both 0, so that the proposal would never learn; raise one of them."
-            )
+        _check_learned(self.num_samples, self.kl_weight, self.nll_weight)
 
     def __call__(
-        self, f: EnergyFunction, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         s = _sample(f, _require_proposal(q, "NCEWithLearnedProposal"), y, self.num_samples, generator)
-        log_q_target, log_q_samples = s.log_q_target.detach(), s.log_q_samples.detach()
-        loss = losses.nce(s.f_target, s.f_samples, log_q_target, log_q_samples)
-        loss = loss + _proposal_loss(s, self.kl_weight, self.nll_weight)
-        return Loss(loss, _diagnostics(s.f_target, s.f_samples - log_q_samples - math.log(self.num_samples)))
+        nce = losses.nce(s.f_target, s.f_samples, s.log_q_target.detach(), s.log_q_samples.detach())
+        loss = nce + _proposal_loss(s, self.kl_weight, self.nll_weight)
+        return s.finish(loss, {**s.diagnostics(), "target_share": (-nce).exp()})
 
 
 @dataclass(frozen=True)
-class MaximumLikelihoodImportanceSampling:
+class MaximumLikelihoodWithLearnedProposal:
     """Maximum likelihood for f with the partition function by importance sampling from the learned proposal.
 
-    With kl_weight = 1 this is the joint objective of paper IV: one value, log Z by importance sampling minus f, whose
-    gradient in θ is that of the likelihood and whose gradient in φ is that of J_KL.
+    With kl_weight = 1 this is the joint objective J(θ, φ) of paper IV: one value, log Z by importance sampling minus f,
+    whose gradient in θ is that of the likelihood and whose gradient in φ is that of J_KL.
 
     Args:
         num_samples: Samples M of the proposal per example.
@@ -197,17 +461,92 @@ class MaximumLikelihoodImportanceSampling:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        NCEWithLearnedProposal(self.num_samples, self.kl_weight, self.nll_weight)
+        _check_learned(self.num_samples, self.kl_weight, self.nll_weight)
 
     def __call__(
-        self, f: EnergyFunction, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
-        s = _sample(f, _require_proposal(q, "MaximumLikelihoodImportanceSampling"), y, self.num_samples, generator)
-        log_q_samples = s.log_q_samples.detach()
-        loss = losses.maximum_likelihood_importance_sampling(s.f_target, s.f_samples, log_q_samples)
-        loss = loss + _proposal_loss(s, self.kl_weight, self.nll_weight)
-        return Loss(loss, _diagnostics(s.f_target, s.f_samples - log_q_samples - math.log(self.num_samples)))
+        s = _sample(f, _require_proposal(q, "MaximumLikelihoodWithLearnedProposal"), y, self.num_samples, generator)
+        loss = losses.maximum_likelihood_importance_sampling(s.f_target, s.f_samples, s.log_q_samples.detach())
+        return s.finish(loss + _proposal_loss(s, self.kl_weight, self.nll_weight), s.diagnostics())
+
+
+@dataclass(frozen=True)
+class SelfNormalisedLikelihood:
+    """Self-normalised likelihood: an unbiased upper bound of the negative log-likelihood, for any number of samples.
+
+    f must be able to move by a learned log-normaliser b(x): wrap the head in
+    :class:`~energyreg.heads.SelfNormalisedHead`. At the optimum log Z(x) = 0, so that f itself is log p(y|x).
+
+    Args:
+        num_samples: Samples M of the proposal per example.
+        kl_weight: Weight of J_KL for the proposal.
+        nll_weight: Weight of the proposal's own negative log-likelihood.
+
+    Raises:
+        ValueError: If num_samples is not a whole number ≥ 1, a weight is negative, or both are zero.
+
+    Source:
+        Senetaire et al., arXiv 2503.07021.
+    """
+
+    num_samples: int = 256
+    kl_weight: float = 0.0
+    nll_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_learned(self.num_samples, self.kl_weight, self.nll_weight)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss for targets y in model space, shape (B, D)."""
+        s = _sample(f, _require_proposal(q, "SelfNormalisedLikelihood"), y, self.num_samples, generator)
+        loss = losses.self_normalised_likelihood(s.f_target, s.f_samples, s.log_q_samples.detach())
+        return s.finish(loss + _proposal_loss(s, self.kl_weight, self.nll_weight), s.diagnostics())
+
+
+@dataclass(frozen=True)
+class ProposalKL:
+    """J_KL alone: draws the proposal to a given f, which stays as it is.
+
+    The loss has the gradient of J_KL and the value of a self-normalised estimate of KL(p || q), between 0 and log M.
+
+    Args:
+        num_samples: Samples M of the proposal per example.
+
+    Raises:
+        ValueError: If num_samples is not a whole number ≥ 1.
+
+    Source:
+        Gustafsson et al., AISTATS 2022.
+    """
+
+    num_samples: int = 256
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_count("num_samples", self.num_samples)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss; the targets y in model space, shape (B, D), give the diagnostics only."""
+        q = _require_proposal(q, "ProposalKL")
+        samples = ImportanceSampling(self.num_samples).sample(q, generator=generator)
+        with torch.no_grad():
+            f_target, f_samples = f(y), f(samples)
+        log_q = q.log_prob(samples)
+        kl = losses.proposal_kl(f_samples, log_q)
+        log_weights = (f_samples - log_q.detach()).log_softmax(0)
+        weights = log_weights.exp()
+        # 0 log 0 = 0
+        value = torch.where(weights > 0, weights * log_weights, torch.zeros_like(weights)).sum(0)
+        loss = kl - kl.detach() + value + math.log(self.num_samples)
+        diagnostics = _weight_diagnostics(f_target, f_samples - log_q.detach() - math.log(self.num_samples))
+        return _finish(loss, diagnostics, f=f_samples)
 
 
 @dataclass(frozen=True)
@@ -215,8 +554,159 @@ class ProposalNLL:
     """The proposal's own negative log-likelihood: trains a mixture density network, or any proposal, by itself."""
 
     def __call__(
-        self, f: EnergyFunction, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: Energy | None, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         loss = losses.proposal_nll(_require_proposal(q, "ProposalNLL").log_prob(y))
-        return Loss(loss, {"log_q_target": -loss.detach()})
+        return _finish(loss, {"log_q_target": -loss}, q=-loss)
+
+
+# Gradients of f in y -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaximumLikelihoodMCMC:
+    """Maximum likelihood with samples of the model from L Langevin steps that start at the target (ML-MCMC-L).
+
+    Short chains do not reach the model's density, so this is contrastive divergence: biased for any finite L.
+
+    Args:
+        num_steps: Langevin steps L.
+        step_size: Their size λ in model space, a number or one per dimension.
+        num_chains: Chains M per example.
+        proposal_weight: Weight of the proposal's own negative log-likelihood, where the model has a proposal.
+
+    Raises:
+        ValueError: If a count is not a whole number ≥ 1, step_size is not > 0, or proposal_weight is negative.
+
+    Source:
+        Gustafsson et al., BMVC 2020 (ML-MCMC).
+    """
+
+    num_steps: int
+    step_size: float | Sequence[float]
+    num_chains: int = 256
+    proposal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_count("num_steps", self.num_steps)
+        _check_count("num_chains", self.num_chains)
+        _check_scale("step_size", self.step_size)
+        _check_weights(proposal_weight=self.proposal_weight)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss for targets y in model space, shape (B, D)."""
+        sampler = Langevin(num_steps=self.num_steps, step_size=self.step_size, num_chains=self.num_chains)
+        samples = sampler.sample(f, y, generator=generator)
+        f_target, f_samples = f(y), f(samples)
+        loss = losses.maximum_likelihood_mcmc(f_target, f_samples)
+        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        diagnostics = {"f_target": f_target, "f_samples": f_samples.mean(0)}
+        return _finish(loss, diagnostics, f=_stack(f_target, f_samples))
+
+
+def _score(f: Energy, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y as a leaf, f and its gradient in y with a graph for the parameters."""
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_(True)
+        value = f(leaf)
+        (score,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+    return leaf, value, score
+
+
+@dataclass(frozen=True)
+class ScoreMatching:
+    """Score matching: the gradient of f in y learns that of the log-density; no samples, no partition function.
+
+    Blind to the masses of modes that are far apart, and wrong where the density ends abruptly (a window, a border).
+
+    Args:
+        num_probes: Random probes of Hutchinson's estimator of the trace; None for the exact trace, with one backward
+            pass per dimension.
+        proposal_weight: Weight of the proposal's own negative log-likelihood, where the model has a proposal.
+
+    Raises:
+        ValueError: If num_probes is not None or a whole number ≥ 1, or proposal_weight is negative.
+
+    Source:
+        Hyvärinen, JMLR 2005; Gustafsson et al., BMVC 2020; Song et al., UAI 2019 (random projections of the trace).
+    """
+
+    num_probes: int | None = None
+    proposal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.num_probes is not None:
+            _check_count("num_probes", self.num_probes)
+        _check_weights(proposal_weight=self.proposal_weight)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss for targets y in model space, shape (B, D)."""
+        leaf, value, score = _score(f, y)
+        with torch.enable_grad():
+            if self.num_probes is None:
+                trace = sum(
+                    torch.autograd.grad(score[:, d].sum(), leaf, create_graph=True)[0][:, d] for d in range(y.shape[1])
+                )
+            else:
+                source = generator.device if generator is not None else y.device
+                shape = (self.num_probes, *y.shape)
+                # Signs have the smallest variance of all probes: only what is off the diagonal is random.
+                probes = torch.randint(2, shape, generator=generator, device=source).to(y) * 2 - 1
+                trace = sum(
+                    (torch.autograd.grad((score * probe).sum(), leaf, create_graph=True)[0] * probe).sum(-1)
+                    for probe in probes
+                ) / len(probes)  # fmt: skip
+            assert isinstance(trace, Tensor)
+            loss = losses.score_matching(score, trace)
+        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        diagnostics = {"f_target": value, "score_norm": score.norm(dim=-1)}
+        return _finish(loss, diagnostics, f=value, score=score.sum(-1), trace=trace)
+
+
+@dataclass(frozen=True)
+class DenoisingScoreMatching:
+    """Denoising score matching: f learns the conditional density convolved with Gaussian noise.
+
+    Args:
+        scale: Standard deviation σ of the noise in model space, a number or one per dimension.
+        num_samples: Noisy targets M per example.
+        proposal_weight: Weight of the proposal's own negative log-likelihood, where the model has a proposal.
+
+    Raises:
+        ValueError: If scale is not > 0, num_samples is not a whole number ≥ 1, or proposal_weight is negative.
+
+    Source:
+        Vincent, Neural Computation 2011; Gustafsson et al., BMVC 2020.
+    """
+
+    scale: float | Sequence[float]
+    num_samples: int = 256
+    proposal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_scale("scale", self.scale)
+        _check_count("num_samples", self.num_samples)
+        _check_weights(proposal_weight=self.proposal_weight)
+
+    def __call__(
+        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """Return the loss for targets y in model space, shape (B, D)."""
+        _check_scale("scale", self.scale, y.shape[-1])
+        scale = torch.as_tensor(self.scale).to(y)
+        source = generator.device if generator is not None else y.device
+        shape = (self.num_samples, *y.shape)
+        normal = torch.randn(shape, generator=generator, dtype=y.dtype, device=source).to(y.device)
+        noisy, value, score = _score(f, y + scale * normal)
+        loss = losses.denoising_score_matching(score, noisy.detach(), y, scale)
+        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        diagnostics = {"f_noisy": value.mean(0), "score_norm": score.norm(dim=-1).mean(0)}
+        return _finish(loss, diagnostics, f=value, score=score.sum(-1))

@@ -4,13 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = ["Cells", "WeightedPoints", "pareto_k"]
+
+
+class _Tail(NamedTuple):
+    """The largest weights of each column, relative to the very largest, and the generalised Pareto fitted to them.
+
+    Attributes:
+        order: Where they are among the M weights, ascending by weight, shape (T, B).
+        log_largest: Logarithm of the largest weight, shape (B,).
+        threshold: The largest weight below the tail, relative to the largest, shape (B,).
+        constant: Whether the tail is one value, so that there is nothing to fit, shape (B,).
+        k: Shape of the distribution, shape (B,).
+        sigma: Its scale, relative to the largest weight, shape (B,).
+    """
+
+    order: Tensor
+    log_largest: Tensor
+    threshold: Tensor
+    constant: Tensor
+    k: Tensor
+    sigma: Tensor
+
+
+FEWEST = 25
+"""Weights below which there is no fit of their tail."""
+
+
+def _fit_tail(log_weights: Tensor) -> _Tail:
+    """Fit the largest min(M / 5, 3 √M) of at least 25 log-weights (M, B), in double precision, without gradient."""
+    m = len(log_weights)
+    tail = math.ceil(min(0.2 * m, 3 * math.sqrt(m)))
+    top, index = log_weights.detach().double().topk(tail + 1, dim=0)
+    top, index = top.flip(0), index.flip(0)
+    weights = (top - top[-1]).exp()
+    excess = weights[1:] - weights[0]  # ascending, shape (tail, B)
+    constant = excess[-1] <= 1e-12
+    excess = torch.where(constant, torch.ones_like(excess), excess.clamp_min(1e-300))
+    # Profile likelihood on a data-driven grid of b = k / scale, then its posterior mean.
+    grid = 30 + int(math.sqrt(tail))
+    steps = 1 - (grid / (torch.arange(1, grid + 1, dtype=torch.double, device=top.device) - 0.5)).sqrt()
+    quartile = excess[max(int(tail / 4 + 0.5) - 1, 0)].clamp_min(1e-300)
+    b = steps[:, None] / (3 * quartile) + 1 / excess[-1]
+    k = torch.stack([torch.log1p(-row * excess).mean(0) for row in b])
+    profile = tail * ((-b / k).log() - k - 1)
+    b_mean = (profile.nan_to_num(-torch.inf).softmax(0) * b).sum(0)
+    k_hat = torch.log1p(-b_mean * excess).mean(0)
+    sigma = -k_hat / b_mean
+    return _Tail(index[1:], top[-1], weights[0], constant, (tail * k_hat + 5) / (tail + 10), sigma)
 
 
 def pareto_k(log_weights: Tensor) -> Tensor:
@@ -33,26 +81,10 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     >>> pareto_k(torch.zeros(100, 2))
     tensor([0., 0.])
     """
-    m = len(log_weights)
-    tail = math.ceil(min(0.2 * m, 3 * math.sqrt(m)))
-    if m < 25:
+    if len(log_weights) < FEWEST:
         return torch.full(log_weights.shape[1:], torch.nan, dtype=log_weights.dtype, device=log_weights.device)
-    top = log_weights.detach().double().topk(tail + 1, dim=0).values.flip(0)
-    weights = (top - top[-1]).exp()
-    excess = weights[1:] - weights[0]  # ascending, shape (tail, B)
-    constant = excess[-1] <= 1e-12
-    excess = torch.where(constant, torch.ones_like(excess), excess.clamp_min(1e-300))
-    # Profile likelihood on a data-driven grid of b = k / scale, then its posterior mean.
-    grid = 30 + int(math.sqrt(tail))
-    steps = 1 - (grid / (torch.arange(1, grid + 1, dtype=torch.double, device=top.device) - 0.5)).sqrt()
-    quartile = excess[max(int(tail / 4 + 0.5) - 1, 0)].clamp_min(1e-300)
-    b = steps[:, None] / (3 * quartile) + 1 / excess[-1]
-    k = torch.stack([torch.log1p(-row * excess).mean(0) for row in b])
-    profile = tail * ((-b / k).log() - k - 1)
-    b_mean = (profile.nan_to_num(-torch.inf).softmax(0) * b).sum(0)
-    k_hat = torch.log1p(-b_mean * excess).mean(0)
-    k_hat = (tail * k_hat + 5) / (tail + 10)
-    return torch.where(constant, torch.zeros_like(k_hat), k_hat).to(log_weights.dtype)
+    tail = _fit_tail(log_weights)
+    return torch.where(tail.constant, torch.zeros_like(tail.k), tail.k).to(log_weights.dtype)
 
 
 @dataclass(frozen=True)
@@ -154,23 +186,68 @@ class WeightedPoints:
         scaled = uniforms.T.to(cumulative) * cumulative[:, -1:]
         return torch.searchsorted(cumulative, scaled.contiguous(), right=True).clamp_max(cumulative.shape[1] - 1).T
 
-    def resample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+    def pareto_smoothed(self) -> WeightedPoints:
+        r"""Return the points with their largest weights replaced by those that a Pareto tail would have.
+
+        The largest min(M / 5, 3 √M) weights of a row become, in their order, the quantiles of the fitted generalised
+        Pareto distribution,
+
+        .. math:: w_{(j)} = u + \frac{\sigma}{k} \left[\left(1 - \frac{j - 1/2}{T}\right)^{-k} - 1\right]
+
+        with the threshold u, but at most the largest weight there was. That bounds the influence of a single point: a
+        little bias, and a variance that is finite where that of the raw weights is not.
+
+        Returns:
+            Points with the same y, and log-weights without gradient. Rows with a constant tail stay as they are, points
+            without weight too, and all of them where M < 25.
+
+        Source:
+            Vehtari et al., "Pareto smoothed importance sampling", JMLR 2024.
+        """
+        if len(self.log_weights) < FEWEST:
+            return replace(self, log_weights=self.log_weights.detach())
+        raw, tail = self.log_weights.detach(), _fit_tail(self.log_weights)
+        count = len(tail.order)
+        level = (torch.arange(count, dtype=torch.double, device=raw.device)[:, None] + 0.5) / count
+        exponent = -torch.log1p(-level)  # a standard exponential's quantile, which k bends
+        bent = torch.where(tail.k.abs() < 1e-9, exponent, torch.expm1(tail.k * exponent) / tail.k)
+        # Nothing exceeds the largest raw weight, which is 1 here.
+        smoothed = (tail.threshold + tail.sigma * bent).log().clamp_max(0) + tail.log_largest
+        before = raw.gather(0, tail.order)
+        kept = tail.constant | ~smoothed.isfinite() | (before == -torch.inf)
+        return replace(self, log_weights=raw.scatter(0, tail.order, torch.where(kept, before, smoothed.to(raw.dtype))))
+
+    def resample(
+        self, num_samples: int, *, systematic: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Draw points with replacement, in proportion to their weights.
 
         Args:
-            num_samples: How many per row.
+            num_samples: How many per row, S.
+            systematic: Take S evenly spaced levels of the discrete cdf, shifted by one uniform number per row, in place
+                of S independent ones. Every draw has the same law as before, and point m is drawn S w_m times to within
+                less than one. The draws of a row are in random order.
             generator: Source of randomness; torch's global one by default.
 
         Returns:
-            Points, shape (num_samples, B, D): approximate samples of p(y|x).
+            Points, shape (S, B, D): approximate samples of p(y|x).
 
         Source:
-            Gustafsson et al., AISTATS 2022 (samples by resampling from the learned proposal).
+            Gustafsson et al., AISTATS 2022 (samples by resampling from the learned proposal); Carpenter, Clifford and
+            Fearnhead, IEE Proceedings 1999 (systematic resampling).
         """
+        device = self.log_weights.device
+        # On the generator's own device, so that a CPU generator serves points on a GPU.
+        source = device if generator is None else generator.device
         shape = (num_samples, self.log_weights.shape[1])
-        index = self.indices_at(
-            torch.rand(shape, generator=generator, dtype=torch.double, device=self.log_weights.device)
+        uniforms = torch.rand(
+            (1, shape[1]) if systematic else shape, generator=generator, dtype=torch.double, device=source
         )
+        if systematic:
+            # In the points' order, draw s of one row would go with draw s of every other.
+            order = torch.rand(shape, generator=generator, dtype=torch.double, device=source).argsort(0)
+            uniforms = (order + uniforms) / num_samples
+        index = self.indices_at(uniforms.to(device))
         y = self.y.expand(-1, index.shape[1], -1)
         return y.gather(0, index[..., None].expand(-1, -1, y.shape[-1]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -16,10 +16,10 @@ from energyreg.energy import EnergyFunction
 from energyreg.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
 from energyreg.points import Cells, WeightedPoints, pareto_k
 from energyreg.proposals import GaussianMixture
-from energyreg.refine import refine
+from energyreg.refine import displacement, merge, nearby, refine, separate_peaks
 from energyreg.spaces import Circle, Product, TargetSpace
 
-__all__ = ["Diagnostics", "HighestDensityRegion", "PredictiveDistribution"]
+__all__ = ["Diagnostics", "HighestDensityRegion", "Modes", "PredictiveDistribution"]
 
 Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSampling
 Rows: TypeAlias = slice | Tensor
@@ -69,6 +69,26 @@ class HighestDensityRegion:
     def contains(self, y: Any) -> Tensor:
         """Whether each y, shape (*S, B, D), lies in the region of its row, shape (*S, B)."""
         return self.distribution.log_prob(y) >= self.log_threshold
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The modes of a predictive distribution, per row, the most probable first.
+
+    Attributes:
+        values: Where they are, in user units, a list of B tensors (k, D); each row has at least one.
+        log_prob: Their log-density in nats and user units, a list of B tensors (k,).
+        probabilities: Probability of each mode's basin of attraction, a list of B tensors (k,); they sum to 1.
+    """
+
+    values: list[Tensor]
+    log_prob: list[Tensor]
+    probabilities: list[Tensor]
+
+    @property
+    def counts(self) -> Tensor:
+        """How many modes each row has, shape (B,)."""
+        return torch.tensor([len(row) for row in self.values])
 
 
 @dataclass(frozen=True)
@@ -334,10 +354,14 @@ class PredictiveDistribution(Distribution):
         return self._gather(lambda chunk: self._log_prob(chunk, y[..., chunk.rows, :]), -1)
 
     def _log_prob(self, chunk: _Chunk, y: Tensor) -> Tensor:
+        return self._log_density(chunk.f, y) - chunk.log_partition
+
+    def _log_density(self, f: EnergyFunction, y: Tensor) -> Tensor:
+        """The same up to log Z, for which alone a chunk must make its nodes."""
         # Points outside stand somewhere inside in model space, so that no NaN arises, and are set to -inf at the end.
         z = self._space.to_model(y).to(self._dtype)
-        log_prob = chunk.f(z) - chunk.log_partition + self._space.log_abs_det_jacobian(y).to(self._dtype)
-        return torch.where(self._space.contains(y), log_prob, torch.full_like(log_prob, -torch.inf))
+        log_density = f(z) + self._space.log_abs_det_jacobian(y).to(self._dtype)
+        return torch.where(self._space.contains(y), log_density, torch.full_like(log_density, -torch.inf))
 
     def prob(self, value: Any) -> Tensor:
         """Density in user units, shape (*S, B); see `log_prob`."""
@@ -586,43 +610,321 @@ class PredictiveDistribution(Distribution):
         jacobian = self._space.log_abs_det_jacobian(self._space.to_user(z)).to(self._dtype)
         return relative + chunk.f.reference.log_prob(z) + jacobian
 
-    @property
-    def mode(self) -> Tensor:
-        """Highest mode of the density in user units, shape (B, D): the best point, refined on f."""
+    def _spread(self, chunk: _Chunk) -> Tensor:
+        """Variance in model space, at most that of the standardised targets, shape (B, D)."""
+        deviation = displacement(self._model_mean(chunk), chunk.z, self._space.periodic)
+        variance = (chunk.masses[..., None] * deviation.square()).sum(0)
+        return variance.nan_to_num(1.0).clamp(1e-8, 1.0).to(self._dtype)
+
+    def _blocks(self, chunk: _Chunk, count: int, floats: int) -> int:
+        """How many of `count` points per row fit the memory budget at once, with these floats besides the energy's."""
+        size = chunk.f.batch_size * (floats + chunk.f.floats_per_point(False))
+        return min(max(self._budget // (4 * size), 1), max(count, 1))
+
+    def _climb(self, chunk: _Chunk, z: Tensor, step_size: Any, num_steps: int, decay: float = 0.5) -> Tensor:
+        """Climb the density in user units from model values, (S, B, D) to (S, B, D)."""
+        # The gradient keeps about three times what a value needs.
+        size = self._blocks(chunk, len(z), 3 * chunk.f.floats_per_point(False) + 16 * self._dim)
+        options: dict[str, Any] = {"num_steps": num_steps, "decay": decay, "periodic": self._space.periodic}
+        parts = [
+            refine(lambda z: self._user_density(chunk.f, z), part, step_size=step_size, **options)
+            for part in z.split(size)
+        ]
+        return torch.cat(parts)
+
+    def refine(
+        self,
+        initial: Any,
+        *,
+        num_steps: int = 10,
+        step_size: float | Sequence[float] | Tensor | None = None,
+        decay: float = 0.5,
+    ) -> Tensor:
+        r"""Improve initial estimates by gradient ascent on the density, as papers I to III predict.
+
+        The function that is climbed is the log-density in user units, so that a mode means what the user sees and
+        `log_prob` never falls; the steps are taken in model space, where no step leaves the target space:
+
+        .. math:: z \leftarrow z + \lambda \nabla_z \left( f(x, z) + \log \left| \det \frac{dz}{dy} \right| \right)
+
+        A step after which the density is lower is taken back and shortened. An estimate where the density is 0 or NaN
+        stays where it is.
+
+        Args:
+            initial: Initial estimates in user units, shape (*S, B, D), or (B,) for D = 1: a detector's, or samples.
+            num_steps: Steps T.
+            step_size: Length λ in model space, that is of standardised targets (radians for an angle): a number, or one
+                per dimension (D,). By default half the variance of each row and dimension.
+            decay: Factor that shortens a rejected step, in (0, 1).
+
+        Returns:
+            Refined estimates in user units, shape (*S, B, D), in the dtype of the initial ones, but not below the
+            model's.
+
+        Raises:
+            ValueError: If initial has another shape, or estimates that are not finite or lie outside the target space;
+                or if num_steps, step_size or decay are out of their range.
+
+        Source:
+            Gustafsson et al., ECCV 2020 (prediction by gradient ascent).
+        """
+        y = self._as_target(initial, "initial")
+        y = y.to(torch.promote_types(y.dtype, self._dtype))
+        self._check_estimates(y)
+        if step_size is not None:
+            step_size = torch.as_tensor(step_size)
+            if step_size.ndim > 1 or (step_size.ndim and len(step_size) != self._dim):
+                found = f"length {len(step_size)}" if step_size.ndim == 1 else f"shape {tuple(step_size.shape)}"
+                raise ValueError(
+                    f"step_size has {found}; expected one number, or {self._dim}, one per target dimension."
+                )
+        flat = y.reshape(-1, self._rows, self._dim)
 
         def climb(chunk: _Chunk) -> Tensor:
-            density = self._point_density(chunk)
-            best = density.argmax(0)
-            if chunk.cells is not None:
-                return self._space.to_user(self._zoom(chunk, best)[:, None])
-            z = chunk.z.to(self._dtype).expand(-1, chunk.f.batch_size, -1)
-            start = z.gather(0, best[None, :, None].expand(1, -1, self._dim))[0]
-            spread = (
-                (chunk.masses[..., None] * (z - self._model_mean(chunk)).square())
-                .sum(0)
-                .clamp(1e-8, 1.0)
-                .to(self._dtype)
+            start = flat[:, chunk.rows]
+            step = self._spread(chunk) / 2 if step_size is None else step_size
+            z = self._climb(chunk, self._space.to_model(start).to(self._dtype), step, num_steps, decay)
+            found = self._space.to_user(z).to(y.dtype)
+            size = self._blocks(chunk, len(start), 16 * self._dim)
+            # The way to model space and back rounds; a gain that is lost on it is none.
+            kept = [
+                torch.where((self._log_density(chunk.f, b) >= self._log_density(chunk.f, a))[..., None], b, a)
+                for a, b in zip(start.split(size), found.split(size), strict=True)
+            ]
+            return torch.cat(kept)
+
+        return self._gather(climb, 1).reshape(y.shape)
+
+    def _check_estimates(self, y: Tensor) -> None:
+        outside = ~self._space.contains(y)
+        if outside.any():
+            first = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"initial has {int(outside.sum())} of {outside.numel()} rows that are not finite or lie outside "
+                f"{self._space!r}, the first at index {tuple(first)}: {y[tuple(first)].tolist()}; drop these rows, or "
+                f"move them inside."
             )
-            found = refine(lambda z: self._user_density(chunk.f, z), start, num_steps=50, step_size=spread / 2)
-            found = torch.where(self._angles(), (found + math.pi).remainder(2 * math.pi) - math.pi, found)
-            return self._space.to_user(found)
+
+    @property
+    def mode(self) -> Tensor:
+        """Highest mode of the density in user units, shape (B, D): the best point, refined on f; see `modes`."""
+
+        def climb(chunk: _Chunk) -> Tensor:
+            best = self._point_density(chunk).argmax(0, keepdim=True)
+            if chunk.cells is not None:
+                return self._space.to_user(self._from_unit(chunk, self._zoom(chunk, best))[0, :, None])
+            found = self._climb(chunk, self._points_at(chunk, best), self._spread(chunk) / 2, num_steps=50)
+            return self._space.to_user(found[0])
 
         return self._gather(climb).to(self._dtype)
 
-    def _zoom(self, chunk: _Chunk, best: Tensor) -> Tensor:
-        """Narrow the bracket around the best cell (B,) by grids of nine points; model values, shape (B,)."""
+    def _points_at(self, chunk: _Chunk, index: Tensor) -> Tensor:
+        """The points with the given indices, (S, B), in model space, shape (S, B, D)."""
+        z = chunk.points.y.to(self._dtype).expand(-1, chunk.f.batch_size, -1)
+        return z.gather(0, index[..., None].expand(-1, -1, self._dim))
+
+    def _from_unit(self, chunk: _Chunk, u: Tensor) -> Tensor:
+        """Model values at unit coordinates, on a circle also beyond (0, 1); D = 1, any shape."""
+        if self._space.periodic[0]:
+            u = u.remainder(1)
+        return chunk.f.reference.from_unit(u[..., None].to(self._dtype))[..., 0]
+
+    def _zoom(self, chunk: _Chunk, cell: Tensor, lowest: bool = False) -> Tensor:
+        """Narrow the brackets around the highest (or lowest) cells, (K, B), to unit coordinates, by grids of nine."""
         assert chunk.cells is not None
         centres = chunk.cells.row_centres
-        padded = torch.cat([torch.zeros_like(centres[:1]), centres, torch.ones_like(centres[:1])])
-        low, high = padded.gather(0, best[None])[0], padded.gather(0, best[None] + 2)[0]
-        steps = torch.linspace(0, 1, 9, dtype=torch.double, device=low.device)[:, None]
-        for _ in range(3):
-            z = chunk.f.reference.from_unit(torch.lerp(low, high, steps)[..., None].to(self._dtype))
-            index = self._user_density(chunk.f, z).argmax(0, keepdim=True)
+        if self._space.periodic[0]:
+            padded = torch.cat([centres[-1:] - 1, centres, centres[:1] + 1])
+        else:
+            # Not the very ends, which rounding in user units may put outside a window.
+            first, last = (centres[:1] / 2).clamp_max(1e-6), ((1 + centres[-1:]) / 2).clamp_min(1 - 1e-6)
+            padded = torch.cat([first, centres, last])
+        low, high = padded.gather(0, cell), padded.gather(0, cell + 2)
+        steps = torch.linspace(0, 1, 9, dtype=torch.double, device=low.device)[:, None, None]
+        size = self._blocks(chunk, len(cell), 64)
+        for _ in range(5):
             grid = torch.lerp(low, high, steps)
+            z = self._from_unit(chunk, grid)[..., None].split(max(size // 9, 1), 1)
+            density = torch.cat([self._user_density(chunk.f, part) for part in z], 1)
+            index = density.argmin(0, keepdim=True) if lowest else density.argmax(0, keepdim=True)
             low = grid.gather(0, (index - 1).clamp_min(0))[0]
             high, middle = grid.gather(0, (index + 1).clamp_max(8))[0], grid.gather(0, index)[0]
-        return chunk.f.reference.from_unit(middle[:, None].to(self._dtype))[:, 0]
+        return middle
+
+    def modes(
+        self,
+        *,
+        tolerance: float = 0.01,
+        min_prominence: float = 0.05,
+        min_probability: float = 1e-3,
+        num_starts: int = 128,
+        num_steps: int = 100,
+    ) -> Modes:
+        r"""The modes of every row's density in user units, each with the probability of its basin of attraction.
+
+        In one dimension, from the nodes of the quadrature: the basins end at the valleys between the modes, and their
+        probabilities are as good as the cdf. With weighted points (D > 1), by gradient ascent from points that are
+        resampled from them, and from the best one: the probability of a mode is the share of the starts that end in it,
+        with a standard error of about :math:`\sqrt{p (1 - p) / \text{num\_starts}}`. The same seed of the predictive
+        distribution gives the same modes.
+
+        Of two neighbours only the higher one counts where they are closer than the tolerance, or where the valley
+        between them is not min_prominence below the lower one. (For D > 1 the valley is the lowest density on the
+        straight line between them, so that a curved ridge may count as several modes.) The highest mode is always
+        there, and is the property `mode` except where several are equally high.
+
+        Args:
+            tolerance: Distance in model space, that is of standardised targets (radians for an angle).
+            min_prominence: In nats. Learned densities have ripples; 0 keeps them all.
+            min_probability: A mode of less counts as part of its neighbour, unless it is the highest of all.
+            num_starts: Starts per row, for D > 1.
+            num_steps: Steps of gradient ascent, for D > 1.
+
+        Returns:
+            The modes of each row, by descending probability.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+        """
+        for name, number in {"tolerance": tolerance, "min_prominence": min_prominence}.items():
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name} is {number}; expected a finite number ≥ 0.")
+        if not 0 <= min_probability < 1:
+            raise ValueError(f"min_probability is {min_probability}; expected a probability in [0, 1).")
+        for name, number, least in (("num_starts", num_starts, 1), ("num_steps", num_steps, 0)):
+            if isinstance(number, bool) or int(number) != number or number < least:
+                raise ValueError(f"{name} is {number}; expected a whole number ≥ {least}.")
+        thresholds = {
+            "tolerance": tolerance, "min_prominence": min_prominence, "min_probability": min_probability,
+        }  # fmt: skip
+        values, log_prob, probabilities = [], [], []
+        with torch.no_grad():
+            for chunk in self._chunks():
+                if chunk.cells is not None:
+                    z, mass, kept = self._line_modes(chunk, **thresholds)
+                else:
+                    z, mass, kept = self._point_modes(chunk, num_starts, num_steps, **thresholds)
+                order = torch.where(kept, mass, -1.0).argsort(dim=0, descending=True, stable=True)
+                y = self._space.to_user(z.gather(0, order[..., None].expand_as(z))).to(self._dtype)
+                height, mass, kept = self._log_prob(chunk, y).T, mass.gather(0, order).T, kept.gather(0, order).T
+                counts = kept.sum(1).tolist()
+                values += y.transpose(0, 1)[kept].split(counts)
+                log_prob += height[kept].split(counts)
+                probabilities += mass[kept].to(self._dtype).split(counts)
+        return Modes(values, log_prob, probabilities)
+
+    def _line_modes(
+        self, chunk: _Chunk, tolerance: float, min_prominence: float, min_probability: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Modes of D = 1 from the cells: model values (K, B, 1), probabilities (K, B), and which entries are modes."""
+        assert chunk.cells is not None
+        density, masses = self._point_density(chunk), chunk.masses
+        z = chunk.z[..., 0].expand_as(density)
+        cell = torch.arange(len(density), device=density.device)[:, None].expand_as(density)
+        circle = self._space.periodic[0]
+        if circle:
+            # Cut where the density is lowest: that point belongs to no mode's top, so that the rest is a line.
+            cell = (cell + density.argmin(0)) % len(density)
+            density, masses, z = (table.gather(0, cell) for table in (density, masses, z))
+            z = z + 2 * math.pi * (z < z[:1])
+        top, valley, count = separate_peaks(
+            density, z, masses,
+            tolerance=tolerance, min_prominence=min_prominence, min_probability=min_probability,
+        )  # fmt: skip
+        z = self._from_unit(chunk, self._zoom(chunk, cell.gather(0, top)))
+        border = self._zoom(chunk, cell.gather(0, torch.cat([torch.zeros_like(top[:1]), valley])), lowest=True)
+        level = chunk.cells.cdf(border.remainder(1) if circle else border)
+        level = (level - level[0]).remainder(1) if circle else level
+        rank = torch.arange(len(top), device=top.device)[:, None]
+        kept = rank < count
+        level = torch.where(rank == 0, 0.0, torch.where(kept, level, 1.0))  # of each basin's lower end
+        mass = torch.cat([level, torch.ones_like(level[:1])]).diff(dim=0).clamp_min(0)
+        if circle:
+            # The first and the last are neighbours too, over the cut.
+            last = (count - 1)[None]
+            ends = torch.cat([torch.zeros_like(last), last])
+            a, b = z.gather(0, ends)
+            both = mass.gather(0, ends).sum(0)
+            height = self._user_density(chunk.f, torch.stack([a, b])[..., None])
+            one = (count > 1) & (displacement(a[:, None], b[:, None], (True,))[:, 0].abs() < tolerance)
+            lower = torch.where(height[0] < height[1], ends[0], ends[1])
+            higher = ends.sum(0) - lower
+            mass = torch.where(one & (rank == higher), both, mass)
+            kept = kept & ~(one & (rank == lower))
+        return z[..., None], mass, kept
+
+    def _point_modes(
+        self,
+        chunk: _Chunk,
+        num_starts: int,
+        num_steps: int,
+        tolerance: float,
+        min_prominence: float,
+        min_probability: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Modes from weighted points: model values (K, B, D), probabilities (K, B), and which entries are modes."""
+        periodic, rows, spread = self._space.periodic, chunk.f.batch_size, self._spread(chunk)
+        # One random level in each of as many equal strata of the points' cdf, the same for all rows. (Not evenly spaced
+        # ones: every 32nd point of a Sobol sequence lies in the same corner.)
+        jitter = torch.rand(num_starts, generator=torch.Generator().manual_seed(self._seed), dtype=torch.double)
+        levels = ((torch.arange(num_starts) + jitter) / num_starts).to(spread.device)
+        index = WeightedPoints(chunk.points.y, chunk.log_weights).indices_at(levels[:, None].expand(-1, rows))
+        best = self._point_density(chunk).argmax(0, keepdim=True)
+        z = self._points_at(chunk, torch.cat([best, index]))
+        share = torch.full((len(z), rows), 1 / num_starts, dtype=torch.double, device=z.device)
+        share[0] = 0.0  # the best point is no draw: it is there for the sake of the highest mode
+        # Twice: what has not arrived goes on from fresh steps, now that it is few. Of another length, as one that is
+        # twice the variance at a top jumps from side to side and gets nowhere.
+        for share_of_spread in (1 / 2, 1 / 3):
+            z = self._climb(chunk, z, share_of_spread * spread, num_steps)
+            z, height, share = self._by_height(chunk, z, share)
+            z, height, share = merge(z, height, share, nearby(z, height, tolerance, periodic))
+        z, height, share = merge(z, height, share, self._over_passes(chunk, z, height, spread, min_prominence))
+        small = (share < min_probability) & (height > -math.inf)
+        small[0] = False  # the highest
+        if small.any():
+            distance = self._distances(z, spread).masked_fill(small[:, None] | (height == -math.inf)[:, None], math.inf)
+            own = torch.arange(len(z), device=z.device)[:, None]
+            z, height, share = merge(z, height, share, torch.where(small, distance.argmin(0), own))
+        kept = height > -math.inf
+        kept[0] = True
+        return z, share, kept
+
+    def _by_height(self, chunk: _Chunk, z: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Points, heights and shares, the highest of each row first."""
+        size = self._blocks(chunk, len(z), 16 * self._dim)
+        height = torch.cat([self._user_density(chunk.f, part) for part in z.split(size)]).nan_to_num(-math.inf)
+        height, order = height.sort(dim=0, descending=True, stable=True)
+        return z.gather(0, order[..., None].expand_as(z)), height, share.gather(0, order)
+
+    def _distances(self, z: Tensor, spread: Tensor) -> Tensor:
+        """Distances between points, in standard deviations, (K, B, D) to (K, K, B)."""
+        return (displacement(z[:, None], z[None], self._space.periodic).square() / spread).sum(-1)
+
+    def _over_passes(self, chunk: _Chunk, z: Tensor, height: Tensor, spread: Tensor, min_prominence: float) -> Tensor:
+        """For each top, by descending height, the one that it belongs to for want of a valley between them, (K, B)."""
+        own = torch.arange(len(z), device=z.device)[:, None].expand_as(height)
+        if len(z) == 1:
+            return own
+        # Only the three nearest of the higher ones: a chain of neighbours does for the rest.
+        higher = own[:, None] < own[None, :]  # (i, j): i comes before j
+        distance = self._distances(z, spread).masked_fill(~higher | (height == -math.inf)[None], math.inf)
+        distance, near = distance.topk(min(3, len(z)), 0, largest=False)
+        target = z[:, None].expand(-1, len(z), -1, -1).gather(0, near[..., None].expand(*near.shape, self._dim))
+        way = displacement(z[None], target, self._space.periodic)
+        lowest = torch.full_like(distance, math.inf)
+        flat = (len(near) * len(z), chunk.f.batch_size, self._dim)
+        size = self._blocks(chunk, flat[0], 16 * self._dim)
+        for share in torch.linspace(0, 1, 17, dtype=z.dtype)[1:-1].tolist():
+            line = (z[None] + share * way).reshape(flat).split(size)
+            density = torch.cat([self._user_density(chunk.f, part) for part in line])
+            lowest = torch.minimum(lowest, density.reshape(lowest.shape).nan_to_num(-math.inf))
+        barrier = torch.where(distance < math.inf, height - lowest, math.inf)
+        least, which = barrier.min(0)
+        parent = torch.where(least <= min_prominence, near.gather(0, which[None])[0], own)
+        for _ in range(len(z).bit_length()):  # the parents' parents, down to the roots
+            parent = parent.gather(0, parent)
+        return parent
 
     def highest_density_region(self, level: float = 0.9) -> HighestDensityRegion:
         """The smallest region in user units with the given probability.

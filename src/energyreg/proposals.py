@@ -18,8 +18,25 @@ __all__ = ["DistributionProposal", "GaussianMixture", "MixtureDensityNetwork"]
 
 TURNS = 3
 """Turns on either side that a wrapped density sums over: enough for scales up to WIDEST."""
+MANY = 16_384
+"""Values from which on a density is computed component by component."""
+NOTHING = -60.0
+"""Log of a share of a density that is too small to count."""
 WIDEST = 5.0
 """Largest scale of a wrapped Gaussian, in radians."""
+
+
+def log_sum_exp(parts: Sequence[Tensor]) -> Tensor:
+    """log Σ exp of a few large tensors of one shape, two to three times as fast as stacking them for `logsumexp`."""
+    with torch.no_grad():
+        top = parts[0].detach().clone()
+        for part in parts[1:]:
+            torch.maximum(top, part, out=top)
+        top.clamp_min_(torch.finfo(top.dtype).min)  # all -inf at an infinite value
+    # What is cut off is no part of the sum even in double precision; below it numbers are denormal, and slow.
+    total = sum((part - top).clamp_min(NOTHING).exp() for part in parts)
+    assert isinstance(total, Tensor)
+    return top + total.log()
 
 
 class GaussianMixture(Distribution):
@@ -85,7 +102,26 @@ class GaussianMixture(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, (*S, B, D) or (*S, 1, D) to (*S, B)."""
+        simple = value.shape[-1] == 1 and self.factor is None and not any(self.periodic)
+        if simple and value.numel() >= MANY:
+            return self._log_prob_of_many(value[..., 0])
         return self._component_log_prob(value).add(self.log_mixing).logsumexp(-1)
+
+    def _log_prob_of_many(self, value: Tensor) -> Tensor:
+        """The same for D = 1, component by component: a sum over a short last dimension takes two to three times as long.
+
+        Args:
+            value: Shape (*S, B) or (*S, 1).
+        """
+        scales = self.scales[..., 0]
+        constant = self.log_mixing - scales.log() - 0.5 * math.log(2 * math.pi)
+        slope = scales.reciprocal() * math.sqrt(0.5)
+        centres = self.means[..., 0] * slope
+        parts = [
+            c - torch.addcmul(-m, value, s).square()
+            for c, m, s in zip(constant.unbind(-1), centres.unbind(-1), slope.unbind(-1), strict=True)
+        ]
+        return log_sum_exp(parts)
 
     def _component_log_prob(self, value: Tensor) -> Tensor:
         difference = value[..., None, :] - self.means

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from energyreg import checkpoint
 from energyreg.model import EnergyRegressionModel
+from energyreg.objectives import NonFiniteLossError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -800,7 +801,10 @@ class TrainingStep(nn.Module):
     def forward(self, batch: _Batch, generator: torch.Generator) -> Tensor:
         """The weighted sum of the losses; it, the losses themselves and the diagnostics are left in the batch, too."""
         f, q, z = self.model.condition(batch.x, batch.y)
-        per_example, diagnostics = self.objective(f, q, z, generator=generator)
+        try:
+            per_example, diagnostics = self.objective(f, q, z, generator=generator)
+        except NonFiniteLossError as error:  # the loop has more to say about it: which rows, the likely cause
+            per_example, diagnostics = error.loss
         if per_example.shape != (len(batch.y),):
             raise ValueError(
                 f"The objective returned losses of shape {tuple(per_example.shape)}; expected ({len(batch.y)},), one a "

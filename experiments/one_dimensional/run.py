@@ -1,0 +1,160 @@
+"""Works through the list of settings, block of seeds by block of seeds; a result that is there is not made again."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.one_dimensional.training import Papers, Result, Setting
+
+__all__ = ["RESULTS", "run", "select"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def select(settings: Sequence[Setting], pattern: str) -> list[Setting]:
+    """Settings whose name matches one of some shell patterns, parted by commas."""
+    return [setting for setting in settings if any(fnmatch(setting.name, p) for p in pattern.split(","))]
+
+
+def blocks(settings: Sequence[Setting], seeds: int | None = None) -> list[tuple[Setting, list[int]]]:
+    """All pieces of work in order: the first block of every setting, cheap ones first, then the second of every one."""
+    work = []
+    for setting in settings:
+        count = setting.seeds if seeds is None else min(setting.seeds, seeds)
+        for start in range(0, count, setting.block):
+            # Blocks stay whole whatever --seeds says, for the samples of a block come from one generator.
+            work.append((setting, list(range(start, min(start + setting.block, setting.seeds)))))
+    return sorted(work, key=lambda item: (item[1][0] // item[0].block, item[0].seconds))
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Whether this process has the claim. The lock goes with the process, so that a killed one leaves no claim."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _numbers(values: Any) -> Any:
+    """Lists of numbers with None for what is not finite, which JSON cannot say."""
+    if isinstance(values, list):
+        return [value if not isinstance(value, float) or math.isfinite(value) else None for value in values]
+    return values
+
+
+def _record(setting: Setting, seeds: list[int], result: Result, seconds: float) -> dict[str, Any]:
+    scores = {"kl": result.model.kl, "test_nll": result.model.test_nll}
+    if result.proposal is not None:
+        scores |= {"proposal_kl": result.proposal.kl, "proposal_test_nll": result.proposal.test_nll}
+    training: dict[str, Any] = {}
+    if isinstance(setting, Papers):
+        training = {"epochs": setting.epochs, "batch": setting.batch, "learning_rate": setting.learning_rate,
+                    "objective": repr(setting.objective(setting.samples))}  # fmt: skip
+    return {
+        "setting": setting.name, "task": setting.task, "method": setting.method, "samples": setting.samples,
+        **training, "seeds": seeds, **{name: _numbers(values) for name, values in scores.items()},
+        "train_loss": _numbers(result.train_loss), "diverged": result.diverged, **result.notes,
+        "seconds": round(seconds, 1), "torch": torch.__version__, "cpu": _processor(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }  # fmt: skip
+
+
+def _work(work: list[tuple[Setting, list[int]]], results: Path) -> bool:
+    """Do all that is not done and that no other process is doing; return whether nothing went wrong."""
+    torch.set_num_threads(1)
+    well = True
+    for setting, seeds in work:
+        folder = results / setting.name
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{seeds[0]:02}-{seeds[-1]:02}.json"
+        if path.exists():
+            continue
+        with _claim(path.with_suffix(".lock")) as claimed:
+            if not claimed or path.exists():
+                continue
+            started = time.perf_counter()
+            try:
+                result = setting.run(seeds)
+            except Exception:
+                print(f"{setting.name} {path.stem} failed", flush=True)
+                traceback.print_exc()
+                well = False
+                continue
+            seconds = time.perf_counter() - started
+            record = _record(setting, seeds, result, seconds)
+            if seeds[0] == 0:
+                np.savez_compressed(folder / "density.npz", log_density=result.model.picture)
+            _write(path, (json.dumps(record, indent=1) + "\n").encode())
+            kl = ", ".join(f"{value:.3f}" for value in result.model.kl)
+            print(f"{setting.name} {path.stem}: D_KL {kl} ({seconds:.0f} s)", flush=True)
+    return well
+
+
+def _worker(work: list[tuple[Setting, list[int]]], results: Path) -> None:
+    raise SystemExit(0 if _work(work, results) else 1)
+
+
+def run(settings: Sequence[Setting], results: Path = RESULTS, seeds: int | None = None, jobs: int = 1) -> bool:
+    """Make all results that are not there.
+
+    Several of these may run at the same time, on the same folder; each piece of work is done once.
+
+    Args:
+        settings: What to do.
+        results: Folder of results.
+        seeds: How many seeds of each setting; all by default.
+        jobs: Processes, of one thread each.
+
+    Returns:
+        Whether every piece of work was done.
+    """
+    work = blocks(settings, seeds)
+    if jobs == 1:
+        return _work(work, results)
+    context = multiprocessing.get_context("fork")  # settings hold lambdas, which cannot be sent to another process
+    workers = [context.Process(target=_worker, args=(work, results)) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return all(worker.exitcode == 0 for worker in workers)
