@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import energyreg as er
 from energyreg import checkpoint
 from energyreg.bases import Lebesgue, Marginal, ProposalBase
-from energyreg.encoders import TableEncoder
-from energyreg.heads import JointHead, SeparableHead
+from energyreg.encoders import TableEncoder, TwinEncoder
+from energyreg.heads import JointHead, SelfNormalisedHead, SeparableHead
 from energyreg.proposals import DistributionProposal, MixtureDensityNetwork
 
 
@@ -66,7 +66,16 @@ def low_rank() -> er.EnergyRegressionModel:
     )
 
 
+def twin(encoder: nn.Module | None = None) -> er.EnergyRegressionModel:
+    return er.EnergyRegressionModel(
+        TwinEncoder(TableEncoder(3, 8) if encoder is None else encoder, TableEncoder(3, 6, depth=1)),
+        SelfNormalisedHead(JointHead(8), 8),
+        proposal=MixtureDensityNetwork(6, num_components=2),
+    )
+
+
 MODELS = {
+    "twin encoder, self-normalised head": twin,
     "table": lambda: er.EnergyRegressionModel.for_table(3, width=8),
     "positive": lambda: er.EnergyRegressionModel.for_table(3, er.spaces.Positive(), width=8),
     "mixture": lambda: er.EnergyRegressionModel.mixture_for_table(3, num_components=2, width=8),
@@ -441,3 +450,22 @@ def test_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="a part of the path is a file"):
         er.save(MODELS["table"](), tmp_path / "file" / "model")
+
+
+def test_proposal_of_a_loaded_twin_model_is_that_of_the_saved_one(tmp_path: Path) -> None:
+    model = scrambled(twin())
+    loaded = er.load(er.save(model, tmp_path / "model"))
+    # In a fresh model that has encoded nothing yet, too.
+    assert torch.equal(log_prob(loaded.proposal_model()), log_prob(model.proposal_model()))
+    # The proposal as a model of its own can be saved like any other.
+    alone = er.load(er.save(model.proposal_model().eval(), tmp_path / "alone"))
+    assert torch.equal(log_prob(alone), log_prob(model.proposal_model()))
+
+
+def test_own_encoder_inside_a_twin_asks_for_the_whole_twin(tmp_path: Path) -> None:
+    model = scrambled(twin(Encoder()))
+    path = er.save(model, tmp_path / "model")
+    with pytest.raises(er.CheckpointError, match="pass the whole encoder as load"):
+        er.load(path)
+    loaded = er.load(path, encoder=TwinEncoder(Encoder(), TableEncoder(3, 6, depth=1)))
+    assert torch.equal(log_prob(loaded), log_prob(model))

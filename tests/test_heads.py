@@ -8,8 +8,8 @@ import torch
 from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor, nn
 
-from energyreg.encoders import QuantileNormalizer, TableEncoder
-from energyreg.heads import JointHead, SeparableHead, TargetEmbedding
+from energyreg.encoders import QuantileNormalizer, TableEncoder, TwinEncoder
+from energyreg.heads import JointHead, SelfNormalisedHead, SeparableHead, TargetEmbedding
 
 HEADS = [SeparableHead, JointHead]
 ROWS, CHANNELS = 4, 6
@@ -262,3 +262,63 @@ def test_wrong_arguments_of_the_normalizer_are_refused() -> None:
         QuantileNormalizer(0)
     with pytest.raises(ValueError, match="num_quantiles is 1"):
         QuantileNormalizer(2, 1)
+
+
+# A head with a learned log-normaliser, and two encoders in one ------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("dim", "periodic"), [(1, None), (2, [False, True])])
+def test_self_normalised_head_is_its_head_minus_a_number_of_the_context(
+    kind: type, dim: int, periodic: list[bool] | None
+) -> None:
+    inner = _head(kind, dim, periodic)
+    head, context = SelfNormalisedHead(inner, CHANNELS).double(), _context()
+    for v in (_v(9, 1, dim), _v(9, ROWS, dim), _v(2, 3, ROWS, dim), _v(ROWS, dim)):
+        assert torch.equal(head(context, v), inner(context, v))  # b = 0 at the start
+    nn.init.normal_(head.log_normaliser.weight)
+    nn.init.normal_(head.log_normaliser.bias)
+    for v in (_v(9, 1, dim), _v(9, ROWS, dim), _v(2, 3, ROWS, dim), _v(ROWS, dim)):
+        difference = inner(context, v) - head(context, v)
+        expected = context @ head.log_normaliser.weight[0] + head.log_normaliser.bias
+        torch.testing.assert_close(difference, expected.expand(difference.shape))
+    assert expected.std() > 0.1
+    for shared in (False, True):
+        assert head.floats_per_point(shared) == inner.floats_per_point(shared) + 1
+    assert SelfNormalisedHead(nn.Identity(), 3).floats_per_point(True) > 1  # any module is a head
+    for name, parameter in head.named_parameters():
+        (gradient,) = torch.autograd.grad(head(context, _v(9, ROWS, dim)).square().sum(), parameter, allow_unused=True)
+        assert gradient is not None or "frequencies" in name, name
+
+
+def test_wrong_arguments_of_the_self_normalised_head_are_refused() -> None:
+    with pytest.raises(ValueError, match="context_dim is 0"):
+        SelfNormalisedHead(_head(SeparableHead), 0)
+
+
+def test_twin_encoder_is_both_encoders() -> None:
+    torch.manual_seed(0)
+    first, second = TableEncoder(3, 5, dropout=0.0), TableEncoder(3, 4, dropout=0.0)
+    twin, x = TwinEncoder(first, second), torch.randn(20, 3)
+    assert not bool(twin.fitted)
+    first.fit(2 * x + 1)
+    assert not bool(twin.fitted)
+    knots = first.normalizer.knots.clone()
+    twin.fit(x)
+    assert bool(twin.fitted)
+    assert torch.equal(first.normalizer.knots, knots)  # what is fitted stays
+    assert twin.num_features == 3
+    context = twin(x)
+    assert context.shape == (20, 9)
+    head, proposal = twin.split(context)
+    assert torch.equal(head, first(x)) and torch.equal(proposal, second(x))
+    # Rows of a context that was kept are split alike.
+    some = twin.split(context[5:7])
+    assert torch.equal(some[0], head[5:7]) and torch.equal(some[1], proposal[5:7])
+
+
+def test_twin_encoder_takes_any_module() -> None:
+    twin = TwinEncoder(nn.Linear(3, 5), nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
+    twin.fit(torch.randn(4, 3))
+    assert twin.fitted and not hasattr(twin, "num_features")
+    assert [part.shape[1] for part in twin.split(twin(torch.randn(4, 3)))] == [5, 4]

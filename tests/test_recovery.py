@@ -79,7 +79,7 @@ TASKS = {"two humps": TwoHumps, "skewed": Skewed, "circle": Wrapped}
 OBJECTIVES = {
     "exact": er.objectives.ExactMaximumLikelihood(num_nodes=64),
     "nce": er.objectives.NCEWithLearnedProposal(num_samples=32),
-    "ml-is": er.objectives.MaximumLikelihoodImportanceSampling(num_samples=64),
+    "ml-is": er.objectives.MaximumLikelihoodWithLearnedProposal(num_samples=64),
 }
 
 

@@ -23,7 +23,15 @@ from energyreg import checkpoint, training
 from energyreg.bases import ProposalBase
 from energyreg.encoders import TableEncoder
 from energyreg.heads import SeparableHead
-from energyreg.objectives import ExactMaximumLikelihood, Loss, ProposalNLL
+from energyreg.objectives import (
+    ExactMaximumLikelihood,
+    Loss,
+    MaximumLikelihoodWithLearnedProposal,
+    NCEWithLearnedProposal,
+    NonFiniteLossError,
+    ProposalNLL,
+    SelfNormalisedLikelihood,
+)
 from energyreg.proposals import MixtureDensityNetwork
 
 N = 200
@@ -787,3 +795,103 @@ def test_seeds_of_different_purposes_differ() -> None:
     seeds = {training._mix(seed, purpose, index) for seed in range(5) for purpose in range(5) for index in range(100)}
     assert len(seeds) == 2500
     assert training._mix(-1, 0) >= 0
+
+
+# Losses that an objective refuses ------------------------------------------------------------------------------------
+
+
+class _Window(torch.distributions.Distribution):
+    """Uniform on [-width, width] in model space, without density elsewhere."""
+
+    def __init__(self, width: Tensor) -> None:
+        super().__init__(width.shape[:1], torch.Size([1]), validate_args=False)
+        self.width = width
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return (2 * torch.rand((*sample_shape, *self.batch_shape, 1)) - 1) * self.width.detach()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        inside = (value.abs() <= self.width)[..., 0]
+        return torch.where(inside, -(2 * self.width[..., 0]).log(), -torch.inf)
+
+
+class _Narrowing(nn.Module):
+    """A proposal with room for all targets, but from one training step on only for some."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step, self.calls = step, 0
+        self.scale = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, context: Tensor) -> _Window:
+        self.calls += self.training
+        width = 0.2 if self.training and self.calls >= self.step else 20.0
+        return _Window((width * self.scale.exp()).expand(len(context), 1))
+
+
+class _Breaking(nn.Module):
+    """A head that returns NaN for a few rows from one training step on."""
+
+    def __init__(self, head: nn.Module, step: int) -> None:
+        super().__init__()
+        self.head, self.step, self.calls = head, step, 0
+
+    def forward(self, context: Tensor, v: Tensor) -> Tensor:
+        g = self.head(context, v)
+        self.calls += self.training
+        if self.training and self.calls >= self.step:
+            g = torch.where(torch.arange(len(context)) < 2, torch.nan, g)
+        return g
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ProposalNLL(),
+        NCEWithLearnedProposal(8, kl_weight=0.0, nll_weight=1.0),
+        MaximumLikelihoodWithLearnedProposal(8, kl_weight=0.0, nll_weight=1.0),
+        SelfNormalisedLikelihood(8),
+    ],
+)
+def test_a_proposal_that_loses_targets_ends_the_training_with_the_best_weights(objective: Any) -> None:
+    def make(step: int) -> er.EnergyRegressionModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return er.EnergyRegressionModel(TableEncoder(2, 8), SeparableHead(8, width=8), proposal=_Narrowing(step))
+
+    model, one = make(7), make(10**9)
+    settings = {"objective": objective, "batch_size": 50, "schedule": "constant", "validation": table(seed=1)}
+    fit(one, epochs=1, **settings)
+    with pytest.raises(er.TrainingError) as caught:
+        fit(model, epochs=3, **settings)
+    message = str(caught.value)
+    assert "in epoch 2, batch 3 of 4" in message
+    assert "Affected: loss of " in message and "(rows " in message
+    assert "The model has its weights of epoch 1." in message
+    assert not model.training
+    assert same(weights(model), weights(one))
+    # Outside of `fit` the objective itself says what is wrong.
+    model.train()
+    model.proposal.step = 0
+    with pytest.raises(NonFiniteLossError, match=r"q has no density at the target in \d+ of 200 rows"):
+        objective(*model.condition(X, Y))
+
+
+@pytest.mark.parametrize("objective", [ExactMaximumLikelihood(32), SelfNormalisedLikelihood(8)])
+def test_an_energy_that_breaks_ends_the_training_with_the_best_weights(objective: Any) -> None:
+    steps = 2 if isinstance(objective, ExactMaximumLikelihood) else 1  # calls of the head per step
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = er.EnergyRegressionModel(
+            TableEncoder(2, 8), _Breaking(SeparableHead(8, width=8), 6 * steps + 1),
+            proposal=MixtureDensityNetwork(8, num_components=2, width=8),
+        )  # fmt: skip
+    x_val, y_val = table(seed=1)
+    with pytest.raises(er.TrainingError) as caught:
+        fit(model, validation=(x_val, y_val), objective=objective, batch_size=50)
+    message = str(caught.value)
+    assert "the loss is nan in epoch 2, batch 3 of 4" in message
+    assert "Affected: loss of 2 of 50; f_target of 2 of 50" in message and "(rows " in message
+    assert "The energy f(x, y) is not finite at the targets themselves" in message
+    assert "The model has its weights of epoch 1." in message
+    assert np.isfinite(nll(model, x_val, y_val))

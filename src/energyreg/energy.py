@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,17 @@ from torch.distributions import Distribution
 from energyreg.bases import Lebesgue, Marginal, ProposalBase
 
 __all__ = ["EnergyFunction"]
+
+
+def _detached(q: Distribution) -> Distribution:
+    """A copy of q whose tensors carry no gradient, also inside of the distributions that it is made of."""
+    q = copy(q)
+    for name, value in vars(q).items():
+        if isinstance(value, Tensor):
+            vars(q)[name] = value.detach()
+        elif isinstance(value, Distribution):
+            vars(q)[name] = _detached(value)
+    return q
 
 
 class EnergyFunction:
@@ -81,7 +92,11 @@ class EnergyFunction:
 
     def _log_q(self, z: Tensor) -> Tensor:
         assert self.q is not None
-        with torch.no_grad() if self.base.detach and not z.requires_grad else nullcontext():
+        if not self.base.detach:
+            return self.q.log_prob(z)
+        if z.requires_grad:  # a gradient in y, none in the parameters of q
+            return _detached(self.q).log_prob(z)
+        with torch.no_grad():
             return self.q.log_prob(z)
 
     def __call__(self, z: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from energyreg.energy import EnergyFunction
 from energyreg.points import Cells, WeightedPoints
-from energyreg.proposals import GaussianMixture
+from energyreg.proposals import GaussianMixture, draw
 
 __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
 
@@ -127,13 +127,7 @@ class ImportanceSampling:
     def sample(self, q: Distribution, *, generator: torch.Generator | None = None) -> Tensor:
         """Samples of q in model space, without gradient, shape (M, B, D)."""
         if not isinstance(q, GaussianMixture):
-            # torch distributions know no generator: their global one is seeded from ours, and put back.
-            if generator is None:
-                return q.sample(torch.Size([self.num_samples])).detach()
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                return q.sample(torch.Size([self.num_samples])).detach()
+            return draw(q, self.num_samples, generator)
         if self.quasi_random:
             source = generator.device if generator is not None else "cpu"
             seed = int(torch.randint(2**31, (), generator=generator, device=source))

@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 
 from energyreg.energy import EnergyFunction
 from energyreg.points import WeightedPoints
-from energyreg.proposals import GaussianMixture
+from energyreg.proposals import draw
 from energyreg.spaces import periodic_flags
 
 __all__ = [
@@ -240,19 +240,6 @@ def mala_step(
     return _mala_step(f, state, _steps(step_size, state.y), angle, generator)
 
 
-def _draw(q: Distribution, num_chains: int, generator: torch.Generator | None) -> Tensor:
-    """Independent samples of q, shape (num_chains, B, D)."""
-    if isinstance(q, GaussianMixture):
-        return q.sample((num_chains,), generator=generator)
-    # torch distributions know no generator: their global one is seeded from ours, and put back.
-    if generator is None:
-        return q.sample(torch.Size([num_chains])).detach()
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return q.sample(torch.Size([num_chains])).detach()
-
-
 def _spread(start: Tensor, num_chains: int) -> Tensor:
     """A start for each chain, shape (C, B, D), from (B, D) or (C, B, D)."""
     if start.ndim not in (2, 3) or (start.ndim == 3 and len(start) != num_chains) or not torch.is_floating_point(start):
@@ -281,7 +268,7 @@ def _begin(
     if start is not None:
         y, name = _spread(start, num_chains), "start"
     elif q is not None:
-        y, name = _draw(q, num_chains, generator), "q"
+        y, name = draw(q, num_chains, generator), "q"
     else:
         raise ValueError(
             "q and start are both None, but the chains must begin somewhere; pass start of shape (B, D), or a proposal."
@@ -294,7 +281,7 @@ def _begin(
         for _ in range(REDRAWS):
             if state.finite.all():
                 break
-            y = torch.where(state.finite[..., None], state.y, _draw(q, num_chains, generator))
+            y = torch.where(state.finite[..., None], state.y, draw(q, num_chains, generator))
             state = mala_init(f, _wrap(y, angle))
     bad = ~state.finite.all(0)
     if bad.any():

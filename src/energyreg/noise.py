@@ -213,7 +213,9 @@ class GaussianNoise:
         if y.shape[-1] == 1:
             exponents = [squared[..., 0] * p for p in precision[:, 0]]
         else:
-            exponents = list((squared @ precision.T).unbind(-1))
+            # Never in half precision, which autocast would take: it has no room for 1 / 0.003².
+            with torch.autocast(squared.device.type, enabled=False):
+                exponents = list((squared @ precision.T).unbind(-1))
         return log_sum_exp([exponent - c for exponent, c in zip(exponents, constant, strict=True)])
 
     @torch.no_grad()
@@ -285,7 +287,7 @@ def _spread(y: Tensor, periodic: Sequence[bool] | None) -> list[float]:
             raise ValueError(f"periodic has {len(periodic)} entries, but y has {y.shape[1]} dimensions.")
         length = torch.hypot(y.sin().mean(0), y.cos().mean(0)).clamp(1e-12, 1)
         circular = (-2 * length.log()).sqrt().clamp_max(math.pi / math.sqrt(3))  # the uniform's
-        spread = torch.where(torch.tensor(list(periodic)), circular, spread)
+        spread = torch.where(torch.tensor(list(periodic), device=y.device), circular, spread)
     constant = (spread <= 0).nonzero()[:, 0].tolist()
     if constant:
         raise ValueError(f"y is constant in dimension(s) {constant}; there is no spread that scales could follow.")

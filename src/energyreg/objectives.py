@@ -69,45 +69,44 @@ class NonFiniteLossError(ValueError):
         self.loss = loss
 
 
-def _finish(per_example: Tensor, diagnostics: dict[str, Tensor], **parts: Tensor) -> Loss:
+def _finish(per_example: Tensor, diagnostics: dict[str, Tensor], **parts: Tensor | Sequence[Tensor]) -> Loss:
     """The loss, unless it is not finite: then an error that says which part of it is not, and in how many rows.
 
     Args:
         per_example: The loss of each example.
         diagnostics: What comes with it.
-        **parts: Ingredients by the name of the argument that they came from, row dimension last or second to last.
+        **parts: Ingredients by the name of the argument that they came from: q at the targets, f at the targets first.
     """
     loss = Loss(per_example, {name: value.detach() for name, value in diagnostics.items()})
     # On a GPU this question would wait for the step; `fit` looks at many losses at once, later.
     if per_example.is_cuda or bool(per_example.isfinite().all()):
         return loss
-    rows = per_example.numel()
+    rows, found = per_example.numel(), []
+    for name, part in parts.items():
+        values = [value.detach() for value in ([part] if isinstance(part, Tensor) else part)]
+        nowhere = int((values[0] == -torch.inf).sum()) if values[0].ndim == 1 else 0
+        if nowhere and name == "q":
+            found.append(
+                f"q has no density at the target in {nowhere} of {rows} rows ({nowhere / rows:.1%}): give it support "
+                "wherever a target may be, e.g. by a broad component"
+            )
+        elif nowhere and name == "f":
+            found.append(
+                f"f is -inf at the target in {nowhere} of {rows} rows ({nowhere / rows:.1%}): its base has no density "
+                "there"
+            )
+        wrong = sum(int((value.isnan() | (value == torch.inf)).sum()) for value in values)
+        if wrong:
+            found.append(f"{name} is NaN or infinite at {wrong} of {sum(value.numel() for value in values)} points")
     bad = int((~per_example.isfinite()).sum())
-    found = []
-    for name, value in parts.items():
-        value = value.detach()
-        if name == "q":
-            count = int((value == -torch.inf).sum())
-            if count:
-                found.append(
-                    f"q has no density at the target in {count} of {rows} rows ({count / rows:.1%}): give it support "
-                    "wherever a target may be, e.g. by a broad component"
-                )
-            value = value.nan_to_num(0.0, 0.0, 0.0) + torch.where(value.isnan(), torch.nan, 0.0)
-        count = int((value.isnan() | (value == torch.inf)).sum())
-        if count:
-            found.append(f"{name} is NaN or infinite at {count} of {value.numel()} points")
-        elif name == "f" and value.ndim == 1 and bool((value == -torch.inf).any()):
-            count = int((value == -torch.inf).sum())
-            found.append(f"f is -inf at the target in {count} of {rows} rows: its base has no density there")
-    reason = "; ".join(found) or "f and q are finite, so the loss itself has overflowed"
+    reason = "; ".join(found) or "f is -inf at every sample of a row, or the loss itself has overflowed"
     raise NonFiniteLossError(f"The loss of {bad} of {rows} rows is not finite: {reason}.", loss)
 
 
 def _check_weights(**weights: float) -> None:
     for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name} is {weight}; expected a finite number ≥ 0.")
+        if not isinstance(weight, (int, float, np.number)) or not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight!r}; expected a finite number ≥ 0.")
 
 
 def _check_count(name: str, number: int) -> None:
@@ -120,12 +119,32 @@ def _check_noise(noise: GaussianNoise) -> None:
         raise TypeError(f"noise is a {type(noise).__name__}; expected an energyreg.noise.GaussianNoise.")
 
 
-def _check_scale(name: str, scale: float | Sequence[float], dim: int | None = None) -> None:
-    values = torch.as_tensor(scale, dtype=torch.double)
+def _check_angles(noise: GaussianNoise, f: Energy) -> None:
+    """Noise that took an angle for a real number would have a wrong density beyond the cut, and say nothing."""
+    if isinstance(f, EnergyFunction):
+        angles = f.reference.periodic
+        flags = noise.periodic if noise.periodic is not None else (False,) * len(angles)
+        if len(flags) == len(angles) and tuple(flags) != tuple(angles):  # lengths are checked by the noise
+            raise ValueError(
+                f"noise.periodic is {noise.periodic}, but the model's target space has angles where {angles}; pass "
+                "periodic=space.periodic to the noise."
+            )
+
+
+def _check_scale(name: str, scale: float | Sequence[float]) -> float | tuple[float, ...]:
+    """The scale as a number or a tuple, so that the objective stays a value."""
+    try:
+        values = torch.as_tensor(scale, dtype=torch.double)
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.full((1, 1), torch.nan)
     if values.ndim > 1 or not values.numel() or not bool(((values > 0) & values.isfinite()).all()):
         raise ValueError(f"{name} is {scale}; expected a finite number > 0, or one per target dimension.")
-    if dim is not None and values.ndim and len(values) != dim:
-        raise ValueError(f"{name} has {len(values)} numbers, but y has {dim} dimensions.")
+    return tuple(values.tolist()) if values.ndim else float(values)
+
+
+def _check_length(name: str, scale: float | Sequence[float], dim: int) -> None:
+    if isinstance(scale, tuple) and len(scale) != dim:
+        raise ValueError(f"{name} has {len(scale)} numbers, but y has {dim} dimensions.")
 
 
 def _require_proposal(q: Distribution | None, objective: str) -> Distribution:
@@ -135,19 +154,36 @@ def _require_proposal(q: Distribution | None, objective: str) -> Distribution:
 
 
 def _weight_diagnostics(f_target: Tensor, log_weights: Tensor, independent: bool = True) -> dict[str, Tensor]:
+    """What the weights say, as :class:`~energyreg.points.WeightedPoints` does, in as few passes as it takes."""
     with torch.no_grad():
-        points = WeightedPoints(log_weights.new_zeros(len(log_weights), 1, 1), log_weights.detach(), independent)
+        log_weights = log_weights.detach()
+        log_z = log_weights.logsumexp(0)
+        # Kish's effective sample size from Σ w², and the delta method's variance of log Z, which is Σ w² - 1/M over
+        # (M - 1)/M for normalised weights w.
+        second = (2 * (log_weights - log_z)).exp_().sum(0)
+        m = len(log_weights)
+        if independent:
+            stderr = ((second - 1 / m).clamp_min(0) * m / (m - 1 or math.nan)).sqrt()
+        else:
+            stderr = WeightedPoints(log_weights.new_zeros(m, 1, 1), log_weights, False).log_partition_stderr
         return {
-            "f_target": f_target.detach(),
-            "log_partition": points.log_partition,
-            "log_partition_stderr": points.log_partition_stderr,
-            "effective_sample_size": points.effective_sample_size,
+            "f_target": f_target,
+            "log_partition": log_z,
+            "log_partition_stderr": stderr,
+            "effective_sample_size": second.reciprocal(),
         }
 
 
-def _with_proposal(loss: Tensor, q: Distribution | None, y: Tensor, weight: float) -> Tensor:
-    """Add the proposal's own likelihood where the model has a proposal that nothing else would train."""
-    return loss if q is None or not weight else loss + weight * losses.proposal_nll(q.log_prob(y))
+def _with_proposal(loss: Tensor, q: Distribution | None, y: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add the proposal's own likelihood where the model has a proposal that nothing else would train.
+
+    Returns:
+        The loss, and log q at the targets where it was added, for messages.
+    """
+    if q is None or not weight:
+        return loss, {}
+    log_q = q.log_prob(y)
+    return loss + weight * losses.proposal_nll(log_q), {"q": log_q}
 
 
 # Quadrature ----------------------------------------------------------------------------------------------------------
@@ -190,8 +226,10 @@ class ExactMaximumLikelihood:
         f_target = f(y)
         log_weights = StratifiedQuadrature(self.num_nodes).log_weights(f, generator=generator)
         loss = losses.maximum_likelihood_quadrature(f_target, log_weights)
-        loss = _with_proposal(loss, q, y, self.proposal_weight)
-        return _finish(loss, _weight_diagnostics(f_target, log_weights, False), f=f_target, Z=log_weights.logsumexp(0))
+        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
+        return _finish(
+            loss, _weight_diagnostics(f_target, log_weights, False), f=f_target, Z=log_weights.logsumexp(0), **own
+        )
 
 
 # Noise around the target ---------------------------------------------------------------------------------------------
@@ -230,13 +268,14 @@ class MaximumLikelihoodImportanceSampling:
         self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
+        _check_angles(self.noise, f)
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         log_noise = self.noise.log_prob(samples, y)
         f_target, f_samples = f(y), f(samples)
         loss = losses.maximum_likelihood_importance_sampling(f_target, f_samples, log_noise)
-        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
         diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
-        return _finish(loss, diagnostics, f=_stack(f_target, f_samples))
+        return _finish(loss, diagnostics, f=(f_target, f_samples), **own)
 
 
 @dataclass(frozen=True)
@@ -270,7 +309,7 @@ class KLDImportanceSampling:
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_noise(self.noise)
-        _check_scale("label_scale", self.label_scale)
+        object.__setattr__(self, "label_scale", _check_scale("label_scale", self.label_scale))
         _check_count("num_samples", self.num_samples)
         _check_weights(proposal_weight=self.proposal_weight)
 
@@ -278,22 +317,27 @@ class KLDImportanceSampling:
         self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
-        _check_scale("label_scale", self.label_scale, y.shape[-1])
+        _check_length("label_scale", self.label_scale, y.shape[-1])
         label = GaussianNoise(np.atleast_2d(self.label_scale).tolist(), self.noise.periodic)
+        _check_angles(self.noise, f)
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         log_noise = self.noise.log_prob(samples, y)
         f_samples = f(samples)
         loss = losses.kld_importance_sampling(f_samples, log_noise, label.log_prob(samples, y), self.self_normalised)
-        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
         with torch.no_grad():
             f_target = f(y)
         diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
-        return _finish(loss, diagnostics, f=f_samples)
+        return _finish(loss, diagnostics, f=f_samples, **own)
 
 
 @dataclass(frozen=True)
 class NCE:
     """Ranking noise contrastive estimation with noise around the target; with beta > 0 it is NCE+.
+
+    As the noise is centred at the target, its samples give a hint at which point that is: the estimate is biased by an
+    amount that falls as 1/M, as is that of ML-IS. Noise that does not depend on the target,
+    :class:`NCEWithLearnedProposal`, has no such bias.
 
     NCE+ takes for the positive not the target but a point near it, drawn from the noise with its scales multiplied by
     beta, while the noise stays centred at the target and its density is the one with the unscaled scales.
@@ -327,6 +371,7 @@ class NCE:
         self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
+        _check_angles(self.noise, f)
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         positive = self._positive(y, generator)
         f_target, f_samples = f(positive), f(samples)
@@ -334,8 +379,8 @@ class NCE:
         loss = losses.nce(f_target, f_samples, log_noise_target, log_noise)
         diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
         diagnostics["target_share"] = (-loss).exp()
-        loss = _with_proposal(loss, q, y, self.proposal_weight)
-        return _finish(loss, diagnostics, f=_stack(f_target, f_samples))
+        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
+        return _finish(loss, diagnostics, f=(f_target, f_samples), **own)
 
     def _positive(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.beta:
@@ -359,12 +404,7 @@ class _Sampled(NamedTuple):
         return _weight_diagnostics(self.f_target, log_weights)
 
     def finish(self, loss: Tensor, diagnostics: dict[str, Tensor]) -> Loss:
-        return _finish(loss, diagnostics, q=self.log_q_target, f=_stack(self.f_target, self.f_samples))
-
-
-def _stack(f_target: Tensor, f_samples: Tensor) -> Tensor:
-    """f at all points, (M + 1, B), for messages."""
-    return torch.cat([f_target.detach()[None], f_samples.detach()])
+        return _finish(loss, diagnostics, q=self.log_q_target, f=(self.f_target, self.f_samples))
 
 
 def _sample(f: Energy, q: Distribution, y: Tensor, num_samples: int, generator: torch.Generator | None) -> _Sampled:
@@ -592,7 +632,7 @@ class MaximumLikelihoodMCMC:
         """Check the arguments."""
         _check_count("num_steps", self.num_steps)
         _check_count("num_chains", self.num_chains)
-        _check_scale("step_size", self.step_size)
+        object.__setattr__(self, "step_size", _check_scale("step_size", self.step_size))
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
@@ -603,9 +643,9 @@ class MaximumLikelihoodMCMC:
         samples = sampler.sample(f, y, generator=generator)
         f_target, f_samples = f(y), f(samples)
         loss = losses.maximum_likelihood_mcmc(f_target, f_samples)
-        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
         diagnostics = {"f_target": f_target, "f_samples": f_samples.mean(0)}
-        return _finish(loss, diagnostics, f=_stack(f_target, f_samples))
+        return _finish(loss, diagnostics, f=(f_target, f_samples), **own)
 
 
 def _score(f: Energy, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -613,8 +653,16 @@ def _score(f: Energy, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaf = y.detach().requires_grad_(True)
         value = f(leaf)
-        (score,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        score = _derivative(value.sum(), leaf)
     return leaf, value, score
+
+
+def _derivative(of: Tensor, y: Tensor) -> Tensor:
+    """Gradient in y with a graph; zero where there is no dependence, as the score of a straight line has none."""
+    gradient = None
+    if of.requires_grad:
+        (gradient,) = torch.autograd.grad(of, y, create_graph=True, allow_unused=True)
+    return torch.zeros_like(y) if gradient is None else gradient
 
 
 @dataclass(frozen=True)
@@ -651,23 +699,21 @@ class ScoreMatching:
         leaf, value, score = _score(f, y)
         with torch.enable_grad():
             if self.num_probes is None:
-                trace = sum(
-                    torch.autograd.grad(score[:, d].sum(), leaf, create_graph=True)[0][:, d] for d in range(y.shape[1])
-                )
+                trace = sum(_derivative(score[:, d].sum(), leaf)[:, d] for d in range(y.shape[1]))
             else:
                 source = generator.device if generator is not None else y.device
                 shape = (self.num_probes, *y.shape)
                 # Signs have the smallest variance of all probes: only what is off the diagonal is random.
                 probes = torch.randint(2, shape, generator=generator, device=source).to(y) * 2 - 1
                 trace = sum(
-                    (torch.autograd.grad((score * probe).sum(), leaf, create_graph=True)[0] * probe).sum(-1)
+                    (_derivative((score * probe).sum(), leaf) * probe).sum(-1)
                     for probe in probes
                 ) / len(probes)  # fmt: skip
             assert isinstance(trace, Tensor)
             loss = losses.score_matching(score, trace)
-        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
         diagnostics = {"f_target": value, "score_norm": score.norm(dim=-1)}
-        return _finish(loss, diagnostics, f=value, score=score.sum(-1), trace=trace)
+        return _finish(loss, diagnostics, f=value, score=score.sum(-1), trace=trace, **own)
 
 
 @dataclass(frozen=True)
@@ -692,7 +738,7 @@ class DenoisingScoreMatching:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_scale("scale", self.scale)
+        object.__setattr__(self, "scale", _check_scale("scale", self.scale))
         _check_count("num_samples", self.num_samples)
         _check_weights(proposal_weight=self.proposal_weight)
 
@@ -700,13 +746,18 @@ class DenoisingScoreMatching:
         self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
-        _check_scale("scale", self.scale, y.shape[-1])
+        _check_length("scale", self.scale, y.shape[-1])
         scale = torch.as_tensor(self.scale).to(y)
         source = generator.device if generator is not None else y.device
         shape = (self.num_samples, *y.shape)
         normal = torch.randn(shape, generator=generator, dtype=y.dtype, device=source).to(y.device)
-        noisy, value, score = _score(f, y + scale * normal)
-        loss = losses.denoising_score_matching(score, noisy.detach(), y, scale)
-        loss = _with_proposal(loss, q, y, self.proposal_weight)
+        noisy = there = y + scale * normal
+        if isinstance(f, EnergyFunction) and any(f.reference.periodic):
+            # f knows angles in [-π, π) alone; the noise stays the way that was gone, however often around.
+            angle = torch.tensor(f.reference.periodic, device=y.device)
+            there = torch.where(angle, torch.remainder(noisy + math.pi, 2 * math.pi) - math.pi, noisy)
+        _, value, score = _score(f, there)
+        loss = losses.denoising_score_matching(score, noisy, y, scale)
+        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
         diagnostics = {"f_noisy": value.mean(0), "score_norm": score.norm(dim=-1).mean(0)}
-        return _finish(loss, diagnostics, f=value, score=score.sum(-1))
+        return _finish(loss, diagnostics, f=value, score=score.sum(-1), **own)

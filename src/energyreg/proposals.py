@@ -39,6 +39,28 @@ def log_sum_exp(parts: Sequence[Tensor]) -> Tensor:
     return top + total.log()
 
 
+def draw(q: Distribution, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    """Independent samples of any distribution from a generator of the caller's, without gradient.
+
+    Args:
+        q: Batch shape (B,), event shape (D,).
+        num_samples: Samples M.
+        generator: Source of randomness; torch's global one by default.
+
+    Returns:
+        Samples, shape (M, B, D).
+    """
+    if isinstance(q, GaussianMixture):
+        return q.sample((num_samples,), generator=generator)
+    if generator is None:
+        return q.sample(torch.Size([num_samples])).detach()
+    # torch distributions know no generator: their global one is seeded from ours, and put back.
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return q.sample(torch.Size([num_samples])).detach()
+
+
 class GaussianMixture(Distribution):
     r"""A batch of mixtures of Gaussians in D dimensions, with diagonal or low-rank plus diagonal covariances.
 
@@ -108,7 +130,7 @@ class GaussianMixture(Distribution):
         return self._component_log_prob(value).add(self.log_mixing).logsumexp(-1)
 
     def _log_prob_of_many(self, value: Tensor) -> Tensor:
-        """The same for D = 1, component by component: a sum over a short last dimension takes two to three times as long.
+        """The same for D = 1, component by component: a sum over a short last dimension is two or three times slower.
 
         Args:
             value: Shape (*S, B) or (*S, 1).
@@ -201,7 +223,9 @@ class GaussianMixture(Distribution):
         choice = torch.rand(shape, generator=generator, **options)
         if stratified and len(sample_shape):
             strata = torch.arange(shape[0], **options).reshape(-1, *(1,) * (len(shape) - 1))
-            choice = (strata + choice) / shape[0]
+            # Turned by a random number, so that the first sample is not always of the first component.
+            turn = torch.rand(shape[1:], generator=generator, **options)
+            choice = ((strata + choice) / shape[0] + turn).remainder(1)
         noise = torch.randn((*shape, self.num_uniforms - 1), generator=generator, **options)
         return self._assemble(choice, noise)
 

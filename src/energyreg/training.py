@@ -493,9 +493,10 @@ class _Batch:
         per_example: The same: the losses, (b,).
         diagnostics: The same: the objective's diagnostics.
         finite: Whether all of x is finite, where that is not known beforehand.
+        reason: What the objective says of a loss that is not finite.
     """
 
-    __slots__ = ("diagnostics", "finite", "loss", "per_example", "rows", "share", "x", "y")
+    __slots__ = ("diagnostics", "finite", "loss", "per_example", "reason", "rows", "share", "x", "y")
 
     loss: Tensor
     per_example: Tensor
@@ -503,6 +504,7 @@ class _Batch:
     def __init__(self, x: Any, y: Tensor, share: float, rows: Tensor | None) -> None:
         self.x, self.y, self.share, self.rows = x, y, share, rows
         self.finite: Tensor | None = None
+        self.reason: str | None = None
         self.diagnostics: dict[str, Tensor] = {}
 
 
@@ -805,6 +807,7 @@ class TrainingStep(nn.Module):
             per_example, diagnostics = self.objective(f, q, z, generator=generator)
         except NonFiniteLossError as error:  # the loop has more to say about it: which rows, the likely cause
             per_example, diagnostics = error.loss
+            batch.reason = str(error)
         if per_example.shape != (len(batch.y),):
             raise ValueError(
                 f"The objective returned losses of shape {tuple(per_example.shape)}; expected ({len(batch.y)},), one a "
@@ -1113,6 +1116,8 @@ class _Training:
         f_target = batch.diagnostics.get("f_target")
         if f_target is not None and not bool(f_target.isfinite().all()):
             return f"The energy f(x, y) is not finite at the targets themselves: the network has overflowed. {lower}."
+        if batch.reason is not None and "q has no density" in batch.reason:
+            return batch.reason
         return (
             f"The energy is finite at the targets, so look at the other quantities of the objective: log Z, or the "
             f"density of the noise. {lower}; a proposal that collapses needs a larger min_scale."
