@@ -67,7 +67,9 @@ def evaluate(task: Task, density: Density, normalised: bool) -> Score:
     def on_grid(x: Tensor) -> Tensor:
         return density(x, y_grid[:, None, None].expand(-1, len(x), 1))
 
-    values = torch.cat([on_grid(x) for x in task.x_grid.float().split(chunk)], -1)
+    values = torch.empty(num_seeds, len(y_grid), task.x_points)
+    for x, columns in zip(task.x_grid.float().split(chunk), values.split(chunk, -1), strict=True):
+        columns.copy_(on_grid(x))
     kl = [float(task.kl_divergence(v)) for v in values]
 
     log_density = values[0].double().log_softmax(0) + math.log(len(y_grid) / (high - low))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import fcntl
 import json
@@ -13,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,20 @@ def _record(setting: Setting, seeds: list[int], result: Result, seconds: float) 
     }  # fmt: skip
 
 
+def _keep_memory() -> None:
+    """Keep freed memory in the process: to get each tensor's from the system again takes a quarter of the time."""
+    with suppress(OSError, AttributeError):  # other systems than Linux with glibc
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 2**28)
+        libc.mallopt(mmap_threshold, 2**30)
+
+
 def _work(work: list[tuple[Setting, list[int]]], results: Path) -> bool:
     """Do all that is not done and that no other process is doing; return whether nothing went wrong."""
     torch.set_num_threads(1)
+    _keep_memory()
     well = True
     for setting, seeds in work:
         folder = results / setting.name

@@ -196,7 +196,7 @@ def _slabs_log_prob(x: Tensor, y: Tensor) -> Tensor:
     return (parts + shares.reshape(3, *(1,) * (parts.ndim - 1))).logsumexp(0)
 
 
-def slabs(seed: int | None = None, rows: int = 4000) -> Task:
+def slabs(seed: int | None = None, rows: int = 16_000) -> Task:
     """Our own: two slabs that move with x and change their widths, a hole between them, Student tails beyond.
 
     y is uniform on the first slab (probability .5) or the second (.3), or lies beyond |y - c(x)| = 1.3 with the tails

@@ -10,6 +10,31 @@ from torch import Tensor, nn
 __all__ = ["QuantileNormalizer", "TableEncoder", "TwinEncoder"]
 
 
+ROWS_PER_KNOT = 64
+"""Training rows for each knot of a quantile normaliser that has its own."""
+FEWEST_KNOTS = 9
+"""Knots of their own, however few the rows."""
+
+
+def _monotone_curve(values: Tensor, count: int) -> Tensor:
+    """Ascending values at even places, (K, F), at `count` even places along the monotone cubic through them.
+
+    Source:
+        Fritsch and Butland, SIAM Journal on Scientific and Statistical Computing 1984 (slopes by harmonic means).
+    """
+    if len(values) == count:
+        return values
+    rise = values.diff(dim=0)
+    inner = torch.where(rise[:-1] * rise[1:] > 0, 2 * rise[:-1] * rise[1:] / (rise[:-1] + rise[1:]), 0.0)
+    slope = torch.cat([rise[:1], inner, rise[-1:]])
+    place = torch.linspace(0, len(values) - 1, count, dtype=values.dtype, device=values.device)
+    left = place.floor().long().clamp_max(len(values) - 2)
+    t = (place - left)[:, None]
+    bend = 3 * rise[left] - 2 * slope[left] - slope[left + 1]
+    curve = values[left] + t * (slope[left] + t * (bend + t * (slope[left] + slope[left + 1] - 2 * rise[left])))
+    return torch.where(t == 1, values[left + 1], curve).cummax(0).values  # rounding
+
+
 class QuantileNormalizer(nn.Module):
     """Map each feature to a standard normal through its training quantiles; values beyond them are clipped.
 
@@ -18,7 +43,7 @@ class QuantileNormalizer(nn.Module):
 
     Args:
         num_features: Columns F.
-        num_quantiles: Knots per feature.
+        num_quantiles: Knots per feature. With fewer than 64 training rows for each they follow a smooth curve.
 
     Raises:
         ValueError: If num_features < 1 or num_quantiles < 2.
@@ -26,7 +51,7 @@ class QuantileNormalizer(nn.Module):
     >>> normalizer = QuantileNormalizer(1)
     >>> normalizer.fit(torch.rand(1000, 1, generator=torch.Generator().manual_seed(0)) ** 5)
     >>> [round(score, 1) for score in normalizer(torch.tensor([[0.0], [0.6**5], [1e9]]))[:, 0].tolist()]
-    [-2.9, 0.3, 2.9]
+    [-2.9, 0.2, 2.9]
     """
 
     knots: Tensor
@@ -46,11 +71,23 @@ class QuantileNormalizer(nn.Module):
     def fit(self, x: Tensor) -> None:
         """Set the knots from training features, shape (N, F)."""
         ordered = x.double().sort(0).values
-        position = torch.linspace(0, len(x) - 1, self.num_quantiles, dtype=torch.double, device=x.device)
-        lower = position.floor().long()
-        upper = (lower + 1).clamp_max(len(x) - 1)
-        self.knots.copy_(torch.lerp(ordered[lower], ordered[upper], (position - lower)[:, None]).T)
+        knots = self._quantiles(ordered, self.num_quantiles)
+        # With few rows, a knot for every few of them would make the map as jagged as the rows happen to lie. Then a
+        # smooth curve goes through fewer of them, unless the values repeat: for those each step is meant.
+        count = max(len(x) // ROWS_PER_KNOT + 1, FEWEST_KNOTS)
+        if count < self.num_quantiles:
+            repeat = (ordered.diff(dim=0) == 0).sum(0) > len(x) // 2
+            knots = torch.where(repeat, knots, _monotone_curve(self._quantiles(ordered, count), self.num_quantiles))
+        self.knots.copy_(knots.T)
         self.fitted.fill_(True)
+
+    @staticmethod
+    def _quantiles(ordered: Tensor, count: int) -> Tensor:
+        """Quantiles at `count` even levels from 0 to 1, shape (count, F)."""
+        position = torch.linspace(0, len(ordered) - 1, count, dtype=torch.double, device=ordered.device)
+        lower = position.floor().long()
+        upper = (lower + 1).clamp_max(len(ordered) - 1)
+        return torch.lerp(ordered[lower], ordered[upper], (position - lower)[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (B, F) to scores (B, F) within the scores of the outermost knots."""

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["JointHead", "SelfNormalisedHead", "SeparableHead", "TargetEmbedding"]
+__all__ = ["EdgeHead", "JointHead", "SelfNormalisedHead", "SeparableHead", "TargetEmbedding"]
+
+
+LOG_STEEPEST = 6.0
+"""Log of the steepest slope of an edge, per unit of v: a step over 1/400 of the targets' range."""
 
 
 class TargetEmbedding(nn.Module):
@@ -185,6 +189,63 @@ class JointHead(nn.Module):
         for layer in self.layers:
             hidden = hidden + functional.silu(layer(hidden))
         return self.output(hidden)[..., 0]
+
+
+class EdgeHead(nn.Module):
+    r"""Moving edges: soft steps in the target whose places, slopes and heights depend on the context (D = 1).
+
+    .. math:: g(x, y) = \sum_j h_j(x) \tanh\left(s_j(x) (v - e_j(x))\right) + \text{head}(x, y)
+
+    For densities with sharp borders that move with x, such as slabs, holes and steps, which a separable head would need
+    very many channels for, and a mixture very many Gaussians. It costs B × G × J evaluations of tanh. It knows no
+    circle: on an angle its density breaks at the cut.
+
+    Args:
+        context_dim: Context channels C.
+        num_edges: Edges J.
+        slope: Initial slope s, per unit of v; a larger one sees finer structure.
+        head: Another head to add, or None.
+
+    Raises:
+        ValueError: If a size is smaller than one or slope is not > 0.
+
+    >>> head = EdgeHead(context_dim=8)
+    >>> head(torch.randn(5, 8), torch.linspace(-1, 1, 32)[:, None, None]).shape
+    torch.Size([32, 5])
+    """
+
+    def __init__(self, context_dim: int, num_edges: int = 32, slope: float = 20.0, head: nn.Module | None = None):
+        super().__init__()
+        _check_sizes(context_dim=context_dim, num_edges=num_edges)
+        if not 0 < slope < math.inf:
+            raise ValueError(f"slope is {slope}; expected a finite number > 0.")
+        self.context_dim, self.num_edges, self.slope, self.head = context_dim, num_edges, slope, head
+        self.output = nn.Linear(context_dim, 3 * num_edges)
+        with torch.no_grad():
+            # Places spread over the targets, heights zero: g = 0 at the start.
+            self.output.weight.mul_(0.3)
+            self.output.weight[2 * num_edges :] = 0
+            self.output.bias[:num_edges] = torch.linspace(-1, 1, num_edges)
+            self.output.bias[num_edges : 2 * num_edges] = math.log(slope)
+            self.output.bias[2 * num_edges :] = 0
+
+    def floats_per_point(self, shared: bool) -> int:
+        """Working memory of one value of g, in floats; what chunks are sized by."""
+        own = 4 * self.num_edges
+        return own if self.head is None else own + getattr(self.head, "floats_per_point", lambda shared: 2048)(shared)
+
+    def forward(self, context: Tensor, v: Tensor) -> Tensor:
+        """Return g of shape (*S, B) for contexts (B, C) and coordinates (*S, B, 1) or (*S, 1, 1).
+
+        Raises:
+            ValueError: If the targets have more than one dimension.
+        """
+        if v.shape[-1] != 1:
+            raise ValueError(f"v has {v.shape[-1]} dimensions; an EdgeHead is for one.")
+        places, log_slopes, heights = self.output(context).split(self.num_edges, -1)
+        slopes = log_slopes.clamp_max(LOG_STEEPEST).exp()
+        g = (torch.tanh(torch.addcmul(-slopes * places, v, slopes)) * heights).sum(-1)
+        return g if self.head is None else g + self.head(context, v)
 
 
 class SelfNormalisedHead(nn.Module):

@@ -68,6 +68,18 @@ def _check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
+def _table_encoder(num_features: int, width: int, depth: int, dropout: float | None) -> TableEncoder:
+    """An encoder with the defaults for tables.
+
+    A single feature carries everything there is to know: dropout blurs it, and wide frequencies see structure in its
+    noise (divergence on toy 2 with dropout 0.1 ten times, with a scale of 0.5 twice as large).
+    """
+    single = num_features == 1
+    dropout = (0.0 if single else 0.2) if dropout is None else dropout
+    scale = 0.2 if single else 0.5
+    return TableEncoder(num_features, context_dim=width, depth=depth, dropout=dropout, frequency_scale=scale)
+
+
 class EnergyRegressionModel(nn.Module):
     r"""An energy-based model of p(y|x), whole in one plain module.
 
@@ -147,7 +159,7 @@ class EnergyRegressionModel(nn.Module):
         *,
         width: int = 256,
         depth: int = 2,
-        dropout: float = 0.2,
+        dropout: float | None = None,
         num_components: int = 8,
     ) -> EnergyRegressionModel:
         """A model with the defaults for tables of numbers.
@@ -160,11 +172,11 @@ class EnergyRegressionModel(nn.Module):
             space: Target space; one real number by default.
             width: Width of the encoder.
             depth: Its hidden layers.
-            dropout: Dropout probability after each of them.
+            dropout: Dropout probability after each of them; by default 0.2, and none for a single feature.
             num_components: Gaussians of the mixture, for more than two target dimensions.
         """
         space = Real(1) if space is None else space
-        encoder = TableEncoder(num_features, context_dim=width, depth=depth, dropout=dropout)
+        encoder = _table_encoder(num_features, width, depth, dropout)
         dim, periodic = space.dim, space.periodic
         if dim <= 2:
             return cls(encoder, SeparableHead(width, dim, periodic), space=space)
@@ -181,7 +193,7 @@ class EnergyRegressionModel(nn.Module):
         num_components: int = 8,
         width: int = 256,
         depth: int = 2,
-        dropout: float = 0.2,
+        dropout: float | None = None,
     ) -> EnergyRegressionModel:
         """A mixture density network with the same encoder, as a baseline; with one component a Gaussian network.
 
@@ -191,10 +203,10 @@ class EnergyRegressionModel(nn.Module):
             num_components: Gaussians K, in model space.
             width: Width of the encoder.
             depth: Its hidden layers.
-            dropout: Dropout probability after each of them.
+            dropout: Dropout probability after each of them; by default 0.2, and none for a single feature.
         """
         space = Real(1) if space is None else space
-        encoder = TableEncoder(num_features, context_dim=width, depth=depth, dropout=dropout)
+        encoder = _table_encoder(num_features, width, depth, dropout)
         proposal = MixtureDensityNetwork(width, space.dim, num_components, periodic=space.periodic)
         base = ProposalBase(Marginal(space.dim, space.periodic))
         return cls(encoder, None, proposal=proposal, base=base, space=space)
