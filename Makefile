@@ -11,11 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint docs clean
+.PHONY: help install demo test test-slow experiments lint docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 install: $(VENV)/.installed ## Make .venv with the library, ready to edit, and its tools (about two minutes, once)
 
@@ -27,6 +27,10 @@ test: install ## Run the tests and the doctests
 
 test-slow: install ## Run the tests that take minutes each
 	$(PYTEST) -m slow
+
+experiments: install ## Run the one-dimensional experiments that have no result yet (hours), and write their tables
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.one_dimensional run --jobs 2
+	$(BIN)/python -m experiments.one_dimensional report
 
 lint: install ## Check style, format and types
 	$(BIN)/ruff check .

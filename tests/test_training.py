@@ -895,3 +895,17 @@ def test_an_energy_that_breaks_ends_the_training_with_the_best_weights(objective
     assert "The energy f(x, y) is not finite at the targets themselves" in message
     assert "The model has its weights of epoch 1." in message
     assert np.isfinite(nll(model, x_val, y_val))
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(20, 20), (300, 32), (800, 32), (1710, 64), (3200, 128), (6400, 256)])
+def test_few_rows_are_trained_on_in_small_batches(rows: int, expected: int) -> None:
+    seen = []
+
+    def objective(f: Any, q: Any, y: Tensor, *, generator: torch.Generator) -> Loss:
+        seen.append(len(y))
+        return ProposalNLL()(f, q, y)
+
+    model = er.EnergyRegressionModel.mixture_for_table(1, width=8, num_components=1)
+    x = torch.linspace(-1, 1, rows)[:, None]
+    er.fit(model, x, x.sin(), objective=objective, validation=None, epochs=1, progress=False)
+    assert set(seen) == {expected}

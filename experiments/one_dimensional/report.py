@@ -49,6 +49,11 @@ class Outcome:
             return None
         return np.array([np.nan if value is None else value for record in self.records for value in record[key]])
 
+    def single(self, key: str) -> np.ndarray | None:
+        """One number a block, where the blocks have it."""
+        found = [record[key] for record in self.records if record.get(key) is not None]
+        return np.array(found) if found else None
+
     @property
     def diverged(self) -> int:
         """Seeds with a loss or a result that is not finite."""
@@ -103,6 +108,13 @@ def _methods(outcomes: Sequence[Outcome]) -> str:
                 cells += ["–", "–"] if nll is None else [_mean(nll), _mean(nll, 5)]
             cells += [str(outcome.seeds), str(outcome.diverged), f"{outcome.seconds_per_seed:.0f}"]
             rows.append(cells)
+        together = outcome.single("ensemble_kl")
+        if together is not None:
+            cells = [f"{outcome.method}: five seeds as an ensemble", "–", _mean(together), "–"]
+            nll = outcome.single("ensemble_test_nll")
+            if with_test:
+                cells += ["–" if nll is None else _mean(nll), "–"]
+            rows.append([*cells, str(outcome.seeds), "–", "–"])
     return _table([*header, "seeds", "diverged", "s / seed"], rows)
 
 

@@ -54,6 +54,10 @@ LAST = "last.safetensors"
 SPLIT, ORDER, NOISE, DROPOUT, EVALUATION = range(5)
 
 
+LARGEST_BATCH = 256
+"""Rows per step by default, where there are enough of them."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on, as a loss or gradient is not finite or the loss explodes."""
 
@@ -149,7 +153,7 @@ def fit(
     objective: Any = None,
     validation: Any = "auto",
     epochs: int = 100,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     learning_rate: float = 3e-3,
     weight_decay: float = 1e-2,
     schedule: str = "one-cycle",
@@ -193,8 +197,9 @@ def fit(
         validation: The fraction of rows to hold out (chosen by `seed`), or (x_val, y_val), or a DataLoader, or None. By
             default 0.1 with arrays, and None with a DataLoader.
         epochs: Passes over the training rows.
-        batch_size: Rows per step, over all processes. Rows that do not fill a last batch are left out of that epoch;
-            fewer rows than this are one batch.
+        batch_size: Rows per step, over all processes. By default 256, and for fewer than 6,400 rows the power of two
+            from 32 on that makes 25 steps an epoch or more. Rows that do not fill a last batch are left out of that
+            epoch; fewer rows than this are one batch.
         learning_rate: Peak learning rate.
         weight_decay: Weight decay of AdamW.
         schedule: "one-cycle" (up over the first 10 % of the steps, then down to almost 0), "cosine" (down from the
@@ -225,6 +230,7 @@ def fit(
         OSError: If `checkpoint_dir` cannot be written, or has no room.
     """
     started = time.perf_counter()
+    batch_size = _default_batch_size(y) if batch_size is None else batch_size
     settings = _Settings(
         epochs, batch_size, learning_rate, weight_decay, schedule, gradient_clip, patience, seed, str(precision)
     )
@@ -665,6 +671,14 @@ def _prepare(
         held_out = _prepare_validation(model, validation, settings, x)
     data = _Rows(x, y, rows, settings.batch_size)
     return data, held_out, None if bool(model.fitted) else (x, y)
+
+
+def _default_batch_size(y: Any) -> int:
+    """Few rows need small batches, or an epoch is too few steps to learn anything sharp."""
+    rows = len(y) if hasattr(y, "__len__") and not isinstance(y, DataLoader) else None
+    if rows is None or rows >= 25 * LARGEST_BATCH:
+        return LARGEST_BATCH
+    return max(2 ** int(math.log2(max(rows / 25, 1))), 32)
 
 
 def _split(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
