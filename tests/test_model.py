@@ -329,3 +329,14 @@ def test_the_self_normalised_likelihood_trains_f_to_be_the_log_density():
     # From 1.0; 150 steps with 32 samples a row leave 0.2 or so.
     assert log_z.abs().mean() < 0.4
     assert model.eval()(x).log_prob(y).mean() > before + 0.5
+
+
+def test_with_few_rows_a_table_model_starts_as_its_mixture() -> None:
+    torch.manual_seed(0)
+    few, many, unknown = (er.EnergyRegressionModel.for_table(2, width=8, num_rows=n) for n in (9_999, 10_000, None))
+    assert isinstance(few.base, er.bases.ProposalBase)
+    assert many.proposal is None
+    assert unknown.proposal is None
+    x, y = torch.randn(6, 2), torch.randn(6)
+    few.eval()
+    torch.testing.assert_close(few(x).log_prob(y), few.proposal_model().eval()(x).log_prob(y), rtol=0, atol=1e-3)

@@ -68,6 +68,10 @@ def _check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
+FEW_ROWS = 10_000
+"""Training rows below which a table's model starts from a mixture: there it is ahead of the marginal as base."""
+
+
 def _table_encoder(num_features: int, width: int, depth: int, dropout: float | None) -> TableEncoder:
     """An encoder with the defaults for tables.
 
@@ -161,28 +165,31 @@ class EnergyRegressionModel(nn.Module):
         depth: int = 2,
         dropout: float | None = None,
         num_components: int = 8,
+        num_rows: int | None = None,
     ) -> EnergyRegressionModel:
         """A model with the defaults for tables of numbers.
 
-        Up to two target dimensions: separable head on the marginal of the targets, trained by exact maximum likelihood.
+        Up to two target dimensions: separable head on the marginal of the targets, trained by exact maximum likelihood;
+        with few rows on a mixture density network, which the model starts as and departs from where the data say so.
         More: joint head on a mixture density network as base and proposal, trained by NCE and the mixture's likelihood.
 
         Args:
             num_features: Columns of x.
             space: Target space; one real number by default.
+            num_rows: Training rows, if known: fewer than 10,000 are few.
             width: Width of the encoder.
             depth: Its hidden layers.
             dropout: Dropout probability after each of them; by default 0.2, and none for a single feature.
-            num_components: Gaussians of the mixture, for more than two target dimensions.
+            num_components: Gaussians of the mixture, where there is one.
         """
         space = Real(1) if space is None else space
         encoder = _table_encoder(num_features, width, depth, dropout)
         dim, periodic = space.dim, space.periodic
-        if dim <= 2:
-            return cls(encoder, SeparableHead(width, dim, periodic), space=space)
+        head = SeparableHead(width, dim, periodic) if dim <= 2 else JointHead(width, dim, periodic)
+        if dim <= 2 and (num_rows is None or num_rows >= FEW_ROWS):
+            return cls(encoder, head, space=space)
         proposal = MixtureDensityNetwork(width, dim, num_components, periodic=periodic)
-        base = ProposalBase(Marginal(dim, periodic))
-        return cls(encoder, JointHead(width, dim, periodic), proposal=proposal, base=base, space=space)
+        return cls(encoder, head, proposal=proposal, base=ProposalBase(Marginal(dim, periodic)), space=space)
 
     @classmethod
     def mixture_for_table(
