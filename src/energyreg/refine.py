@@ -2,7 +2,7 @@
 
 :func:`refine` climbs. The functions below it decide which of many tops are modes of their own: along a line of nodes
 (:func:`separate_peaks`), or among points in any number of dimensions (:func:`nearby` and :func:`merge`). Users meet
-them as :meth:`energyreg.PredictiveDistribution.modes`.
+them as :meth:`energyreg.predictive.PredictiveDistribution.modes`.
 """
 
 from __future__ import annotations
