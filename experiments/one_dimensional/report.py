@@ -110,7 +110,7 @@ def _methods(outcomes: Sequence[Outcome]) -> str:
             rows.append(cells)
         together = outcome.single("ensemble_kl")
         if together is not None:
-            cells = [f"{outcome.method}: five seeds as an ensemble", "–", _mean(together), "–"]
+            cells = [f"{outcome.method}: the seeds as an ensemble", "–", _mean(together), "–"]
             nll = outcome.single("ensemble_test_nll")
             if with_test:
                 cells += ["–" if nll is None else _mean(nll), "–"]
