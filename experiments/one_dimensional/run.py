@@ -8,9 +8,6 @@ import fcntl
 import json
 import math
 import multiprocessing
-import os
-import platform
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -22,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from energyreg.checkpoint import write_atomically
+from energyreg.demo import describe_machine
 from experiments.one_dimensional.training import Papers, Result, Setting
 
 __all__ = ["RESULTS", "run", "select"]
@@ -60,22 +59,6 @@ def _claim(path: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def _numbers(values: Any) -> Any:
     """Lists of numbers with None for what is not finite, which JSON cannot say."""
     if isinstance(values, list):
@@ -95,7 +78,7 @@ def _record(setting: Setting, seeds: list[int], result: Result, seconds: float) 
         "setting": setting.name, "task": setting.task, "method": setting.method, "samples": setting.samples,
         **training, "seeds": seeds, **{name: _numbers(values) for name, values in scores.items()},
         "train_loss": _numbers(result.train_loss), "diverged": result.diverged, **result.notes,
-        "seconds": round(seconds, 1), "torch": torch.__version__, "cpu": _processor(),
+        "seconds": round(seconds, 1), "torch": torch.__version__, "cpu": describe_machine()["processor"],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
 
@@ -136,7 +119,7 @@ def _work(work: list[tuple[Setting, list[int]]], results: Path) -> bool:
             record = _record(setting, seeds, result, seconds)
             if seeds[0] == 0:
                 np.savez_compressed(folder / "density.npz", log_density=result.model.picture)
-            _write(path, (json.dumps(record, indent=1) + "\n").encode())
+            write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
             kl = ", ".join(f"{value:.3f}" for value in result.model.kl)
             print(f"{setting.name} {path.stem}: D_KL {kl} ({seconds:.0f} s)", flush=True)
     return well

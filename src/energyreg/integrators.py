@@ -5,21 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from energyreg.energy import EnergyFunction
-from energyreg.points import Cells, WeightedPoints
+from energyreg.points import Cells, WeightedPoints, check_count
 from energyreg.proposals import GaussianMixture, draw
 
 __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
-
-
-def _check_count(name: str, number: int, smallest: int = 1) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < smallest:
-        raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}.")
 
 
 def graded(t: Tensor) -> Tensor:
@@ -58,7 +52,7 @@ class StratifiedQuadrature:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_count("num_nodes", self.num_nodes)
+        check_count("num_nodes", self.num_nodes)
 
     def per_dimension(self, dim: int) -> int:
         """Nodes per dimension for D = dim."""
@@ -122,7 +116,7 @@ class ImportanceSampling:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_count("num_samples", self.num_samples)
+        check_count("num_samples", self.num_samples)
 
     def sample(self, q: Distribution, *, generator: torch.Generator | None = None) -> Tensor:
         """Samples of q in model space, without gradient, shape (M, B, D)."""
@@ -178,8 +172,8 @@ class AdaptiveQuadrature:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_count("num_nodes", self.num_nodes, 8)
-        _check_count("max_refinements", self.max_refinements, 0)
+        check_count("num_nodes", self.num_nodes, 8)
+        check_count("max_refinements", self.max_refinements, 0)
         if not self.tolerance > 0:
             raise ValueError(f"tolerance is {self.tolerance}; expected a number > 0, in nats.")
         if not self.max_mass > 0:

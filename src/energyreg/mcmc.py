@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from energyreg.energy import EnergyFunction
-from energyreg.points import WeightedPoints
+from energyreg.points import WeightedPoints, check_count
 from energyreg.proposals import draw
-from energyreg.spaces import periodic_flags
+from energyreg.spaces import periodic_flags, wrap_angles
 
 __all__ = [
     "Langevin",
@@ -37,11 +36,6 @@ __all__ = [
 
 Energy = Callable[[Tensor], Tensor]
 """y of shape (M, B, D), in model space, to f of shape (M, B), each value a function of its own y alone."""
-
-
-def _check_count(name: str, number: int, smallest: int = 1) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < smallest:
-        raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}.")
 
 
 def _check_step_size(step_size: float | Sequence[float] | Tensor, most_dims: int = 3) -> None:
@@ -78,7 +72,7 @@ def _mask(angles: tuple[bool, ...], y: Tensor) -> Tensor | None:
 
 
 def _wrap(y: Tensor, angle: Tensor | None) -> Tensor:
-    return y if angle is None else torch.where(angle, torch.remainder(y + math.pi, 2 * math.pi) - math.pi, y)
+    return y if angle is None else wrap_angles(y, angle)
 
 
 def _random(draw: Callable[..., Tensor], shape: torch.Size, y: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -370,9 +364,9 @@ class Langevin:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_count("num_steps", self.num_steps)
-        _check_count("num_chains", self.num_chains)
-        _check_count("num_warmup", self.num_warmup, 0)
+        check_count("num_steps", self.num_steps)
+        check_count("num_chains", self.num_chains)
+        check_count("num_warmup", self.num_warmup, 0)
         _check_step_size(self.step_size, most_dims=1)
         _check_noise_scale(self.noise_scale)
 
@@ -503,10 +497,10 @@ class MALA:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_count("num_samples", self.num_samples)
-        _check_count("num_chains", self.num_chains)
-        _check_count("num_warmup", self.num_warmup, 0)
-        _check_count("thinning", self.thinning)
+        check_count("num_samples", self.num_samples)
+        check_count("num_chains", self.num_chains)
+        check_count("num_warmup", self.num_warmup, 0)
+        check_count("thinning", self.thinning)
         _check_step_size(self.step_size, most_dims=1)
         if not 0 < self.target_acceptance < 1:
             raise ValueError(f"target_acceptance is {self.target_acceptance}; expected a number in (0, 1).")

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from energyreg.points import check_count
 from energyreg.proposals import GaussianMixture, log_sum_exp
-from energyreg.spaces import TargetSpace
+from energyreg.spaces import TargetSpace, wrap_angles
 
 __all__ = ["GaussianNoise"]
 
@@ -233,8 +234,7 @@ class GaussianNoise:
         Raises:
             ValueError: If num_samples is not a whole number ≥ 1, or the scales do not suit D.
         """
-        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples!r}; expected a whole number of at least 1.")
+        check_count("num_samples", num_samples)
         scales = self._table(y)
         count = (num_samples + 1) // 2 if self.antithetic else int(num_samples)
         choice, normal = self._numbers(count, y, generator)
@@ -245,7 +245,7 @@ class GaussianNoise:
         points = y + offset
         if self.periodic is not None and any(self.periodic):
             angle = torch.tensor(self.periodic, device=y.device)
-            points = torch.where(angle, torch.remainder(points + math.pi, 2 * math.pi) - math.pi, points)
+            points = wrap_angles(points, angle)
         return points
 
     def _numbers(self, count: int, y: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

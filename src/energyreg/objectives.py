@@ -22,7 +22,8 @@ from energyreg.energy import EnergyFunction
 from energyreg.integrators import ImportanceSampling, StratifiedQuadrature
 from energyreg.mcmc import Langevin
 from energyreg.noise import GaussianNoise
-from energyreg.points import WeightedPoints
+from energyreg.points import WeightedPoints, check_count
+from energyreg.spaces import wrap_angles
 
 __all__ = [
     "DenoisingScoreMatching",
@@ -107,11 +108,6 @@ def _check_weights(**weights: float) -> None:
     for name, weight in weights.items():
         if not isinstance(weight, (int, float, np.number)) or not 0 <= weight < math.inf:
             raise ValueError(f"{name} is {weight!r}; expected a finite number ≥ 0.")
-
-
-def _check_count(name: str, number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-        raise ValueError(f"{name} is {number!r}; expected a whole number of at least 1.")
 
 
 def _check_noise(noise: GaussianNoise) -> None:
@@ -261,7 +257,7 @@ class MaximumLikelihoodImportanceSampling:
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_noise(self.noise)
-        _check_count("num_samples", self.num_samples)
+        check_count("num_samples", self.num_samples)
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
@@ -310,7 +306,7 @@ class KLDImportanceSampling:
         """Check the arguments."""
         _check_noise(self.noise)
         object.__setattr__(self, "label_scale", _check_scale("label_scale", self.label_scale))
-        _check_count("num_samples", self.num_samples)
+        check_count("num_samples", self.num_samples)
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
@@ -364,7 +360,7 @@ class NCE:
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_noise(self.noise)
-        _check_count("num_samples", self.num_samples)
+        check_count("num_samples", self.num_samples)
         _check_weights(beta=self.beta, proposal_weight=self.proposal_weight)
 
     def __call__(
@@ -427,7 +423,7 @@ def _proposal_loss(s: _Sampled, kl_weight: float, nll_weight: float) -> Tensor:
 
 
 def _check_learned(num_samples: int, kl_weight: float, nll_weight: float) -> None:
-    _check_count("num_samples", num_samples)
+    check_count("num_samples", num_samples)
     _check_weights(kl_weight=kl_weight, nll_weight=nll_weight)
     if not kl_weight + nll_weight:
         raise ValueError(
@@ -568,7 +564,7 @@ class ProposalKL:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_count("num_samples", self.num_samples)
+        check_count("num_samples", self.num_samples)
 
     def __call__(
         self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
@@ -630,8 +626,8 @@ class MaximumLikelihoodMCMC:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_count("num_steps", self.num_steps)
-        _check_count("num_chains", self.num_chains)
+        check_count("num_steps", self.num_steps)
+        check_count("num_chains", self.num_chains)
         object.__setattr__(self, "step_size", _check_scale("step_size", self.step_size))
         _check_weights(proposal_weight=self.proposal_weight)
 
@@ -689,7 +685,7 @@ class ScoreMatching:
     def __post_init__(self) -> None:
         """Check the arguments."""
         if self.num_probes is not None:
-            _check_count("num_probes", self.num_probes)
+            check_count("num_probes", self.num_probes)
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
@@ -739,7 +735,7 @@ class DenoisingScoreMatching:
     def __post_init__(self) -> None:
         """Check the arguments."""
         object.__setattr__(self, "scale", _check_scale("scale", self.scale))
-        _check_count("num_samples", self.num_samples)
+        check_count("num_samples", self.num_samples)
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
@@ -755,7 +751,7 @@ class DenoisingScoreMatching:
         if isinstance(f, EnergyFunction) and any(f.reference.periodic):
             # f knows angles in [-π, π) alone; the noise stays the way that was gone, however often around.
             angle = torch.tensor(f.reference.periodic, device=y.device)
-            there = torch.where(angle, torch.remainder(noisy + math.pi, 2 * math.pi) - math.pi, noisy)
+            there = wrap_angles(noisy, angle)
         _, value, score = _score(f, there)
         loss = losses.denoising_score_matching(score, noisy, y, scale)
         loss, own = _with_proposal(loss, q, y, self.proposal_weight)

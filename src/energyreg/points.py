@@ -8,10 +8,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["Cells", "WeightedPoints", "pareto_k"]
+
+
+def check_count(name: str, number: int, smallest: int = 1) -> None:
+    """Refuse a count that is not a whole number, or too small.
+
+    Raises:
+        ValueError: If it is, by the argument's name.
+    """
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < smallest:
+        raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}.")
 
 
 class _Tail(NamedTuple):

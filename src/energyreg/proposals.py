@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.nn import functional
 
-from energyreg.spaces import periodic_flags
+from energyreg.spaces import periodic_flags, wrap_angles
 
 __all__ = ["DistributionProposal", "GaussianMixture", "MixtureDensityNetwork"]
 
@@ -102,7 +102,7 @@ class GaussianMixture(Distribution):
             # The sum over turns reaches TURNS from [-π, π): means are brought there, and a scale of 5 is uniform to
             # 1e-5 already.
             angle = torch.tensor(self.periodic, device=means.device)
-            means = torch.where(angle, torch.remainder(means + math.pi, 2 * math.pi) - math.pi, means)
+            means = wrap_angles(means, angle)
             scales = torch.where(angle, scales.clamp_max(WIDEST), scales)
         self.means, self.scales, self.factor = means, scales, factor
         if factor is not None and any(self.periodic):
@@ -196,7 +196,7 @@ class GaussianMixture(Distribution):
             y = y + (factor @ noise[..., d:, None])[..., 0]
         if any(self.periodic):
             angle = torch.tensor(self.periodic, device=y.device)
-            y = torch.where(angle, torch.remainder(y + math.pi, 2 * math.pi) - math.pi, y)
+            y = wrap_angles(y, angle)
         return y
 
     @torch.no_grad()
@@ -384,7 +384,7 @@ class Wrapped(Distribution):
         """Draw samples, shape (*S, B, D)."""
         y = self.distribution.sample(torch.Size(sample_shape))
         angle = torch.tensor(self.periodic, device=y.device)
-        return torch.where(angle, torch.remainder(y + math.pi, 2 * math.pi) - math.pi, y)
+        return wrap_angles(y, angle)
 
 
 class DistributionProposal(nn.Module):

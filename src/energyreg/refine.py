@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from energyreg.spaces import periodic_flags
+from energyreg.spaces import periodic_flags, wrap_angles
 
 __all__ = ["refine"]
 
@@ -103,7 +103,7 @@ def _wrapper(y: Tensor, periodic: Sequence[bool] | None) -> Callable[[Tensor], T
     if not any(flags):
         return lambda y: y
     angle = torch.tensor(flags, device=y.device)
-    return lambda y: torch.where(angle, (y + math.pi).remainder(2 * math.pi) - math.pi, y)
+    return lambda y: wrap_angles(y, angle)
 
 
 def displacement(start: Tensor, stop: Tensor, periodic: Sequence[bool]) -> Tensor:

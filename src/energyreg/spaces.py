@@ -597,6 +597,11 @@ class Product(TargetSpace):
         raise IndexError(column)
 
 
+def wrap_angles(z: Tensor, angle: Tensor) -> Tensor:
+    """Bring the dimensions that are angles, by a mask of shape (D,), into [-π, π), (*S, D) to (*S, D)."""
+    return torch.where(angle, torch.remainder(z + math.pi, 2 * math.pi) - math.pi, z)
+
+
 def periodic_flags(dim: int, periodic: Sequence[bool] | None) -> tuple[bool, ...]:
     """Whether each dimension is an angle, as plain booleans; none of them for None.
 
