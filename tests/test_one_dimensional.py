@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -88,6 +89,32 @@ def test_stacked_energy_equals_plain_networks(build, lead):
         ]:  # fmt: skip
             torch.testing.assert_close(stacked.weight.grad[i], single.weight.grad)
             torch.testing.assert_close(stacked.bias.grad[i, :, 0], single.bias.grad)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("build", ENERGIES.values(), ids=ENERGIES)
+@pytest.mark.parametrize("m", [1, 64, 70])  # a tile is of 64 points
+def test_compiled_energy_equals_the_stacked_one(build, m):
+    s, b = 2, 3
+    models = [Model(build(generators(*range(s)))) for _ in range(2)]
+    models[1].energy.fused = False
+    x, y, weights = torch.randn(s, b), 3 * torch.randn(m, s * b, 1), torch.randn(m, s * b)
+    results = []
+    for model in models:
+        points = y.clone().requires_grad_()
+        values = model(x)[0](points)
+        gradients = torch.autograd.grad((values * weights).sum(), [points, *model.energy.parameters()])
+        results.append([values, *gradients])
+    for compiled, plain in zip(*results, strict=True):
+        # Sums of some 200 terms in single precision, in another order.
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    # By the name of the function that made it: else this could pass without ever running what it tests.
+    assert "FusedEnergy" in str(trace(results[0][0].grad_fn))
+
+
+def trace(node):
+    """Names of all functions behind a tensor."""
+    return [] if node is None else [node.name(), *(name for parent, _ in node.next_functions for name in trace(parent))]
 
 
 def test_stacked_energy_is_twice_differentiable_in_y():

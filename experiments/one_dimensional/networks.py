@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from energyreg.proposals import GaussianMixture
+from experiments.one_dimensional.fused import extension, fused_energy
 
 __all__ = ["ConditionalMixture", "EnergyNetwork", "Linear", "MixtureHead", "Model", "XBranch", "tanh_network"]
 
@@ -66,6 +67,7 @@ class EnergyNetwork(nn.Module):
         y_layers: Layers of the y-branch.
         joint_layers: Hidden layers on the features of x and y; from the second on each is added to its input.
         normaliser: Whether to subtract b(x), linear in the features of x, from f.
+        fused: Whether to run compiled where that is possible; f is then differentiable once only.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class EnergyNetwork(nn.Module):
         y_layers: int = 2,
         joint_layers: int = 2,
         normaliser: bool = False,
+        fused: bool = True,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.fused = activation, fused
         self.x_branch = XBranch(generators)
         self.y_branch = nn.ModuleList([Linear(generators, WIDTH if i else 1, WIDTH) for i in range(y_layers)])
         self.joint = Linear(generators, 2 * WIDTH, WIDTH)
@@ -95,6 +98,10 @@ class EnergyNetwork(nn.Module):
 
         def f(y: Tensor) -> Tensor:
             points = y.reshape(-1, s, b).permute(1, 2, 0)  # (S, B, M)
+            if self.fused and points.dtype == torch.float32 and extension() is not None:
+                values = self._fused(from_x[..., 0], points)
+                values = values if log_b is None else values - log_b
+                return values.permute(2, 0, 1).reshape(y.shape[:-1])
             h = points.reshape(s, 1, -1)
             for layer in self.y_branch:
                 h = self.activation(layer(h))
@@ -108,10 +115,19 @@ class EnergyNetwork(nn.Module):
 
         return f
 
+    def _fused(self, from_x: Tensor, points: Tensor) -> Tensor:
+        _, weight_y = self.joint.weight.split(WIDTH, -1)
+        layers = [t for layer in self.y_branch for t in (layer.weight, layer.bias)]
+        layers += [weight_y, *(t for layer in self.residual for t in (layer.weight, layer.bias))]
+        layers += [self.output.weight, self.output.bias]
+        parameters = torch.cat([t.flatten(1) for t in layers], 1)
+        return fused_energy(parameters, from_x, points, y_layers=len(self.y_branch),
+                            residual_layers=len(self.residual), tanh=self.activation is torch.tanh_)  # fmt: skip
 
-def tanh_network(generators: Sequence[Generator]) -> EnergyNetwork:
+
+def tanh_network(generators: Sequence[Generator], fused: bool = True) -> EnergyNetwork:
     """f(x, y) of papers I and II on their toy problems."""
-    return EnergyNetwork(generators, torch.tanh_, y_layers=1, joint_layers=3)
+    return EnergyNetwork(generators, torch.tanh_, y_layers=1, joint_layers=3, fused=fused)
 
 
 class MixtureHead(nn.Module):

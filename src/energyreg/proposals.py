@@ -183,7 +183,10 @@ class GaussianMixture(Distribution):
         """Samples from a uniform number for the component, (*S, B), and standard normal ones, (*S, B, D + R)."""
         lead = choice.shape[: choice.ndim - 1]
         cumulative = self.log_mixing.exp().cumsum(-1)  # (B, K)
-        component = (choice[..., None] * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)  # (*S, B)
+        scaled = choice * cumulative[..., -1]
+        component = torch.zeros(choice.shape, dtype=torch.long, device=choice.device)
+        for border in cumulative[..., :-1].unbind(-1):  # a sum over a short last dimension is several times slower
+            component += scaled >= border
         d = self.event_shape[0]
         index = component[..., None, None].expand(*component.shape, 1, d)
         means = self.means.expand(*lead, *self.means.shape).gather(-2, index)[..., 0, :]
