@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow experiments lint docs clean
+.PHONY: help install demo test test-slow experiments benchmarks lint docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -31,6 +31,9 @@ test-slow: install ## Run the tests that take minutes each
 experiments: install ## Run the one-dimensional experiments that have no result yet (hours), and write their tables
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.one_dimensional run --jobs 2
 	$(BIN)/python -m experiments.one_dimensional report
+
+benchmarks: install ## Measure speed and memory as ratios (half an hour on an idle machine), and write their table
+	$(BIN)/python -m benchmarks
 
 lint: install ## Check style, format and types
 	$(BIN)/ruff check .

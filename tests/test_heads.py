@@ -8,6 +8,7 @@ import torch
 from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor, nn
 
+from energyreg import heads
 from energyreg.encoders import QuantileNormalizer, TableEncoder, TwinEncoder
 from energyreg.heads import EdgeHead, JointHead, SelfNormalisedHead, SeparableHead, TargetEmbedding
 
@@ -138,6 +139,55 @@ def test_depth_and_channels_below_one_are_refused() -> None:
         SeparableHead(context_dim=2, channels=0)
     with pytest.raises(ValueError, match="depth is 0"):
         JointHead(context_dim=2, depth=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_joint_head_in_blocks_equals_itself_in_one(monkeypatch, shared: bool, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(heads, "BLOCK_FLOATS", 3 * ROWS * 16)  # three points of each row, so that the last is ragged
+    head = _head(JointHead, 2).to(dtype)
+    context = _context().to(dtype).requires_grad_()
+    v, weights = _v(5, 10, 1 if shared else ROWS, 2).to(dtype), torch.randn(5, 10, ROWS, dtype=dtype)
+    results = []
+    for blocks in (True, False):
+        head.blocks = blocks
+        g = head(context, v)
+        assert ("_ResidualNetwork" in _history(g.grad_fn)) == blocks
+        results.append([g, *torch.autograd.grad((g * weights).sum(), [context, *head.parameters()])])
+        with torch.no_grad():
+            torch.testing.assert_close(head(context, v), g)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10 if dtype == torch.float64 else 1e-4, atol=1e-5)
+
+
+def test_joint_head_in_blocks_leaves_derivatives_in_y_to_autograd(monkeypatch) -> None:
+    monkeypatch.setattr(heads, "BLOCK_FLOATS", 1)
+    head, v = _head(JointHead), _v(3, ROWS, 1).requires_grad_()
+    (slope,) = torch.autograd.grad(head(_context(), v).sum(), v, create_graph=True)
+    slope.square().sum().backward()  # as score matching does
+    assert all(p.grad is not None for p in head.layers.parameters())
+
+
+def test_joint_head_in_blocks_serves_vmap(monkeypatch) -> None:
+    monkeypatch.setattr(heads, "BLOCK_FLOATS", 1)
+    head, v = _head(JointHead), _v(7, ROWS, 1)
+    contexts = torch.stack([_context(), 2 * _context()])
+    together = torch.func.vmap(head, in_dims=(0, None))(contexts, v)
+    torch.testing.assert_close(together, torch.stack([head(context, v) for context in contexts]))
+
+
+def _history(node) -> str:
+    """Names of all functions behind a tensor."""
+    return "" if node is None else " ".join([node.name(), *(_history(parent) for parent, _ in node.next_functions)])
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_own_and_shared_targets_in_one_pass_equal_two(dim: int) -> None:
+    head, context = _head(SeparableHead, dim), _context()
+    own, shared = _v(ROWS, dim), _v(9, 1, dim)
+    g_own, g_shared = head.own_and_shared(context, own, shared)
+    torch.testing.assert_close(g_own, head(context, own))
+    torch.testing.assert_close(g_shared, head(context, shared))
 
 
 def _fitted(x: Tensor, num_quantiles: int = 257) -> QuantileNormalizer:

@@ -220,7 +220,9 @@ class Marginal(nn.Module):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats, (*S, D) to (*S,)."""
-        index, inside, t = self._locate(z)
+        return self._log_prob(*self._locate(z))
+
+    def _log_prob(self, index: Tensor, inside: Tensor, t: Tensor) -> Tensor:
         value = self._hermite(self.log_pdf_table, self.slope_table, index, inside, self.step)
         beyond = (
             (t - inside)
@@ -232,6 +234,9 @@ class Marginal(nn.Module):
     def to_unit(self, z: Tensor) -> Tensor:
         """Unit coordinates u = F₀(z), strictly monotone inside the table, (*S, D) to (*S, D) in [0, 1]."""
         index, inside, _ = self._locate(z)
+        return self._unit(index, inside)
+
+    def _unit(self, index: Tensor, inside: Tensor) -> Tensor:
         return self._hermite(self.cdf_table, self.pdf_table, index, inside, self.step).clamp(0, 1)
 
     @torch.no_grad()

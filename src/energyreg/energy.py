@@ -66,6 +66,11 @@ class EnergyFunction:
         """Whether log Z = 0 for certain: there is no head, so that f is the log-density of the base."""
         return self.head is None
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether f is the log-density of the reference itself: there is neither a head nor a proposal as base."""
+        return self.head is None and not self.conditional
+
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of f, in floats; what chunks are sized by."""
         head = 1 if self.head is None else getattr(self.head, "floats_per_point", lambda shared: 2048)(shared)
@@ -79,10 +84,12 @@ class EnergyFunction:
 
     def _g(self, u: Tensor) -> Tensor:
         v = 2 * u - 1
-        shape = (*v.shape[:-2], self.batch_size)
         if self.head is None:
-            return torch.zeros((), dtype=v.dtype, device=v.device).expand(shape)
-        g = self.head(self.context, v)
+            return torch.zeros((), dtype=v.dtype, device=v.device).expand(*v.shape[:-2], self.batch_size)
+        return self._checked(self.head(self.context, v), v)
+
+    def _checked(self, g: Tensor, v: Tensor) -> Tensor:
+        shape = (*v.shape[:-2], self.batch_size)
         if g.shape != shape:
             raise ValueError(
                 f"The head returned shape {tuple(g.shape)} for {self.batch_size} contexts and targets of shape "
@@ -101,8 +108,10 @@ class EnergyFunction:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""
-        g = self._g(self.reference.to_unit(z))
-        return (self._log_q(z) if self.conditional else self.reference.log_prob(z)) + g
+        return self._log_base(z) + self._g(self.reference.to_unit(z))
+
+    def _log_base(self, z: Tensor) -> Tensor:
+        return self._log_q(z) if self.conditional else self.reference.log_prob(z)
 
     def relative(self, u: Tensor) -> Tensor:
         r"""Return f - log p₀ at unit coordinates of the reference p₀.
@@ -115,8 +124,28 @@ class EnergyFunction:
         Returns:
             The log-density relative to the reference, unnormalised, shape (*S, B).
         """
-        g = self._g(u)
+        return self._log_relative_base(u, self._g(u))
+
+    def _log_relative_base(self, u: Tensor, g: Tensor) -> Tensor:
         if not self.conditional:
             return g
         z = self.reference.from_unit(u)
         return self._log_q(z) - self.reference.log_prob(z) + g
+
+    def target_and_relative(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f at the rows' targets and f - log p₀ at nodes, as two calls do, in one where the head can.
+
+        Args:
+            z: Targets in model space, shape (B, D).
+            u: Unit coordinates of nodes shared by all rows, shape (G, 1, D).
+
+        Returns:
+            f of shape (B,), and f - log p₀ of shape (G, B).
+        """
+        both = getattr(self.head, "own_and_shared", None)
+        if both is None:
+            return self(z), self.relative(u)
+        own, shared = 2 * self.reference.to_unit(z) - 1, 2 * u - 1
+        g_own, g_shared = both(self.context, own, shared)
+        f_target = self._log_base(z) + self._checked(g_own, own)
+        return f_target, self._log_relative_base(u, self._checked(g_shared, shared))

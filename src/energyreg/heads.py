@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 __all__ = ["EdgeHead", "JointHead", "SelfNormalisedHead", "SeparableHead", "TargetEmbedding"]
 
+
+BLOCK_FLOATS = 2**18
+"""Numbers in a hidden layer of one block of points: a megabyte, of which a few fit into the caches of a core."""
 
 LOG_STEEPEST = 6.0
 """Log of the steepest slope of an edge, per unit of v: a step over 1/400 of the targets' range."""
@@ -98,7 +103,7 @@ class SeparableHead(nn.Module):
         context_dim: int,
         dim: int = 1,
         periodic: Sequence[bool] | None = None,
-        channels: int = 128,
+        channels: int = 64,
         width: int = 128,
         num_frequencies: int = 16,
         frequency_scale: float = 1.0,
@@ -130,12 +135,29 @@ class SeparableHead(nn.Module):
 
     def forward(self, context: Tensor, v: Tensor) -> Tensor:
         """Return g of shape (*S, B) for contexts (B, C) and coordinates (*S, B, D) or (*S, 1, D)."""
-        a = self.context_map(context) * (4 / math.sqrt(self.channels))
-        target = self.target_map(v)
-        phi, b = target[..., :-1], target[..., -1]
+        a, phi = self._context(context), self.target_map(v)
         if v.shape[-2] == 1 and len(context) > 1:
-            return phi[..., 0, :] @ a.T + b
-        return (phi * a).sum(-1) + b
+            return phi[..., 0, :] @ a.T
+        return (phi * a).sum(-1)
+
+    def own_and_shared(self, context: Tensor, own: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Return g at one target of each row's own and at targets shared by all rows, in one pass through φ.
+
+        Args:
+            context: Shape (B, C).
+            own: Coordinates (B, D).
+            shared: Coordinates (G, 1, D).
+
+        Returns:
+            Shapes (B,) and (G, B), as from two calls.
+        """
+        a = self._context(context)
+        phi_own, phi_shared = self.target_map(torch.cat([own, shared[:, 0]])).split([len(own), len(shared)])
+        return (phi_own * a).sum(-1), phi_shared @ a.T
+
+    def _context(self, context: Tensor) -> Tensor:
+        """a(context), and a one for b, which is the last channel of φ, shape (B, channels + 1)."""
+        return functional.pad(self.context_map(context) * (4 / math.sqrt(self.channels)), (0, 1), value=1.0)
 
 
 class JointHead(nn.Module):
@@ -152,6 +174,9 @@ class JointHead(nn.Module):
         depth: Residual layers after the first.
         num_frequencies: Frequencies of the target's embedding per dimension.
         frequency_scale: Their initial standard deviation, in periods per unit of v.
+        blocks: Whether many points go through the hidden layers in blocks that stay in a processor's cache, which is
+            faster and takes half the memory. The parameters' gradient is then not differentiable itself; a gradient in
+            the targets always is.
 
     Raises:
         ValueError: If a size is smaller than one.
@@ -166,6 +191,7 @@ class JointHead(nn.Module):
         depth: int = 2,
         num_frequencies: int = 16,
         frequency_scale: float = 1.0,
+        blocks: bool = True,
     ) -> None:
         super().__init__()
         _check_sizes(context_dim=context_dim, dim=dim, width=width, depth=depth, num_frequencies=num_frequencies)
@@ -178,6 +204,7 @@ class JointHead(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.output = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.output.weight)
+        self.blocks = blocks
 
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of g, in floats; what chunks are sized by."""
@@ -185,10 +212,120 @@ class JointHead(nn.Module):
 
     def forward(self, context: Tensor, v: Tensor) -> Tensor:
         """Return g of shape (*S, B) for contexts (B, C) and coordinates (*S, B, D) or (*S, 1, D)."""
-        hidden = functional.silu(self.context_map(context) + self.target_map(v))
+        from_context, embedding = self.context_map(context), self.target_map[0](v)
+        if self._in_blocks(from_context, v):
+            parameters = [t for layer in self.layers for t in (layer.weight, layer.bias)]
+            g = _ResidualNetwork.apply(
+                from_context, embedding.flatten(0, -3), self.target_map[1].weight, self.output.weight, *parameters
+            )
+            return g.reshape(*v.shape[:-2], len(context))
+        hidden = functional.silu(from_context + self.target_map[1](embedding))
         for layer in self.layers:
             hidden = hidden + functional.silu(layer(hidden))
         return self.output(hidden)[..., 0]
+
+    def _in_blocks(self, from_context: Tensor, v: Tensor) -> bool:
+        """Whether the network runs block by block: on a processor with caches, for many points, once differentiable."""
+        return (
+            self.blocks
+            and v.ndim > 2
+            and from_context.device.type == "cpu"
+            and v[..., 0].numel() // v.shape[-2] * len(from_context) * self.width >= 2 * BLOCK_FLOATS
+            and not (v.requires_grad and torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+
+class _ResidualNetwork(torch.autograd.Function):
+    """The hidden layers of a joint head, a block of points at a time, forward and backward.
+
+    A block's tensors stay in the cache and its intermediate results are overwritten; only what goes into each
+    activation is kept for the gradient, half of what autograd would keep.
+
+    Its arguments: what the context gives to the first layer, its bias included, shape (B, W); the embedded
+    targets, (M, B, E) or (M, 1, E); the weight of the first layer for them, (W, E), and of the output, (1, W); weight
+    and bias of each residual layer. Its value: g of shape (M, B).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, from_context: Tensor, embedding: Tensor, first: Tensor, output: Tensor, *layers: Tensor
+    ) -> Tensor:
+        m, (b, width) = len(embedding), from_context.shape
+        depth, step = len(layers) // 2, max(BLOCK_FLOATS // (b * width), 1)
+        g = from_context.new_empty(m, b)
+        keep = any(ctx.needs_input_grad)
+        kept = from_context.new_empty(depth + 1, m if keep else step, b, width)
+        hidden, change = from_context.new_empty(2, step, b, width)
+        for start in range(0, m, step):
+            stop = min(start + step, m)
+            count = stop - start
+            inputs = kept[:, start:stop] if keep else kept[:, :count]
+            h, s = hidden[:count].view(-1, width), change[:count].view(-1, width)
+            e = embedding[start:stop]
+            if e.shape[1] == b:
+                torch.mm(e.reshape(-1, e.shape[-1]), first.T, out=inputs[0].view(-1, width))
+                inputs[0] += from_context
+            else:
+                torch.add(e @ first.T, from_context, out=inputs[0])
+            _silu(inputs[0].view(-1, width), h)
+            for layer in range(depth):
+                z = inputs[layer + 1].view(-1, width)
+                torch.addmm(layers[2 * layer + 1], h, layers[2 * layer].T, out=z)
+                h += _silu(z, s)
+            torch.mv(h, output[0], out=g[start:stop].view(-1))
+        ctx.save_for_backward(kept if keep else None, from_context, embedding, first, output, *layers)
+        return g
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_g: Tensor) -> tuple[Tensor | None, ...]:
+        kept, from_context, embedding, first, output, *layers = ctx.saved_tensors
+        m, (b, width) = len(embedding), from_context.shape
+        depth, step = len(layers) // 2, max(BLOCK_FLOATS // (b * width), 1)
+        own = embedding.shape[1] == b
+        gradients = [torch.zeros_like(t) for t in (from_context, first, output, *layers)]
+        d_from_context, d_first, d_output, *d_layers = gradients
+        d_embedding = torch.empty_like(embedding) if ctx.needs_input_grad[1] else None
+        buffers = from_context.new_empty(depth + 4, step * b, width)
+        d_g = d_g.contiguous()
+        for start in range(0, m, step):
+            stop = min(start + step, m)
+            points = (stop - start) * b
+            *h, d, slope, work = (buffer[:points] for buffer in buffers)
+            z = [kept[layer, start:stop].view(-1, width) for layer in range(depth + 1)]
+            _silu(z[0], h[0])
+            for layer in range(1, depth + 1):
+                torch.add(h[layer - 1], _silu(z[layer], work), out=h[layer])
+            part = d_g[start:stop].view(-1, 1)
+            d_output.addmm_(part.T, h[depth])
+            torch.mul(part, output, out=d)
+            for layer in range(depth, 0, -1):
+                torch.ops.aten.silu_backward.grad_input(d, z[layer], grad_input=slope)
+                weight = layers[2 * layer - 2]
+                d_layers[2 * layer - 2].addmm_(slope.T, h[layer - 1])
+                d_layers[2 * layer - 1] += slope.sum(0)
+                d.addmm_(slope, weight)
+            torch.ops.aten.silu_backward.grad_input(d, z[0], grad_input=slope)
+            by_row = slope.view(-1, b, width)
+            d_from_context += by_row.sum(0)
+            if own:
+                d_first.addmm_(slope.T, embedding[start:stop].reshape(points, -1))
+                if d_embedding is not None:
+                    torch.mm(slope, first, out=d_embedding[start:stop].view(points, -1))
+            else:
+                shared = by_row.sum(1)
+                d_first.addmm_(shared.T, embedding[start:stop, 0])
+                if d_embedding is not None:
+                    torch.mm(shared, first, out=d_embedding[start:stop, 0])
+        return d_from_context, d_embedding, d_first, d_output, *d_layers
+
+
+def _silu(z: Tensor, out: Tensor) -> Tensor:
+    """SiLU into memory that is there."""
+    return torch.ops.aten.silu.out(z, out=out)
 
 
 class EdgeHead(nn.Module):

@@ -213,11 +213,13 @@ class AdaptiveQuadrature:
         return f.conditional and isinstance(f.q, GaussianMixture)
 
     @staticmethod
-    def _proposal_masses(f: EnergyFunction, cells: Cells) -> Tensor:
+    def _proposal_masses(f: EnergyFunction, cells: Cells, rows: Tensor | None = None) -> Tensor:
+        """Masses of the proposal in the cells, of all rows or of some, which share their cells then."""
         assert isinstance(f.q, GaussianMixture)
+        q = f.q if rows is None else f.q[rows]
         edges = cells.edges if cells.edges.ndim == 2 else cells.edges[:, None]
-        z = f.reference.from_unit(edges[..., None].to(f.q.means.dtype))
-        cdf = f.q.cdf(z).double().clone()
+        z = f.reference.from_unit(edges[..., None].to(q.means.dtype))
+        cdf = q.cdf(z).double().clone()
         cdf[0], cdf[-1] = 0.0, 1.0
         masses = cdf.diff(dim=0).clamp_min(0)
         return masses / masses.sum(0).clamp_min(1e-300)
@@ -227,5 +229,24 @@ class AdaptiveQuadrature:
         with torch.no_grad():
             needed = ~(cells.log_partition_stderr <= self.tolerance) | (cells.masses.amax(0) > self.max_mass)
             if self._has_cdf(f):
-                needed = needed | (self._proposal_masses(f, cells).amax(0) > self.max_mass)
+                suspect = self._coarse_for_proposal(f, cells).nonzero()[:, 0]
+                if len(suspect):
+                    heavy = self._proposal_masses(f, cells, suspect).amax(0) > self.max_mass
+                    needed = needed.index_put((suspect,), needed[suspect] | heavy)
         return needed
+
+    def _coarse_for_proposal(self, f: EnergyFunction, cells: Cells) -> Tensor:
+        """Rows whose proposal may put more than max_mass into one of the shared cells, shape (B,).
+
+        At most the height of a Gaussian times the width of the cell is in it. That takes a look at the cells around
+        each component's mean, where the cdf at every edge of every row would cost more than all the rest.
+        """
+        assert isinstance(f.q, GaussianMixture) and cells.edges.ndim == 1
+        edges = f.reference.from_unit(cells.edges[:, None].to(f.q.means.dtype))[:, 0].contiguous()
+        mean, scale = f.q.means[..., 0], f.q.scales[..., 0]
+        near = torch.stack([mean - 2 * scale, mean - scale, mean, mean + scale, mean + 2 * scale])
+        cell = (torch.searchsorted(edges, near) - 1).clamp(0, len(edges) - 2)
+        width = edges.diff()[cell].amax(0)
+        mass = (width / (scale * math.sqrt(2 * math.pi))).clamp_max(1)
+        # Twice as much is allowed for, as the cells between those that are looked at may be wider.
+        return 2 * (f.q.log_mixing.exp() * mass).sum(-1) > self.max_mass

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from energyreg import losses
@@ -22,7 +23,7 @@ from energyreg.energy import EnergyFunction
 from energyreg.integrators import ImportanceSampling, StratifiedQuadrature
 from energyreg.mcmc import Langevin
 from energyreg.noise import GaussianNoise
-from energyreg.points import WeightedPoints, check_count
+from energyreg.points import check_count
 from energyreg.spaces import wrap_angles
 
 __all__ = [
@@ -149,8 +150,14 @@ def _require_proposal(q: Distribution | None, objective: str) -> Distribution:
     return q
 
 
-def _weight_diagnostics(f_target: Tensor, log_weights: Tensor, independent: bool = True) -> dict[str, Tensor]:
-    """What the weights say, as :class:`~energyreg.points.WeightedPoints` does, in as few passes as it takes."""
+def _target_first(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values at the target, (B,), and at the samples behind it, (M, B), which went through f in one pass."""
+    target, samples = values.split([1, len(values) - 1])
+    return target[0], samples
+
+
+def _weight_diagnostics(f_target: Tensor, log_weights: Tensor) -> dict[str, Tensor]:
+    """What the weights of independent samples say, as :class:`~energyreg.points.WeightedPoints` does."""
     with torch.no_grad():
         log_weights = log_weights.detach()
         log_z = log_weights.logsumexp(0)
@@ -158,15 +165,49 @@ def _weight_diagnostics(f_target: Tensor, log_weights: Tensor, independent: bool
         # (M - 1)/M for normalised weights w.
         second = (2 * (log_weights - log_z)).exp_().sum(0)
         m = len(log_weights)
-        if independent:
-            stderr = ((second - 1 / m).clamp_min(0) * m / (m - 1 or math.nan)).sqrt()
-        else:
-            stderr = WeightedPoints(log_weights.new_zeros(m, 1, 1), log_weights, False).log_partition_stderr
+        stderr = ((second - 1 / m).clamp_min(0) * m / (m - 1 or math.nan)).sqrt()
         return {
             "f_target": f_target,
             "log_partition": log_z,
             "log_partition_stderr": stderr,
             "effective_sample_size": second.reciprocal(),
+        }
+
+
+class _LogSumExp(torch.autograd.Function):
+    """logsumexp over the first dimension, with the shares of the terms, which the gradient needs and diagnostics too.
+
+    torch's own computes them once in each direction, and every diagnostic would once more. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor) -> tuple[Tensor, Tensor]:
+        peak = terms.amax(0)
+        peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
+        shares = (terms - peak).exp_()
+        total = shares.sum(0)
+        shares /= total
+        ctx.save_for_backward(shares)
+        ctx.mark_non_differentiable(shares)
+        return total.log() + peak, shares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        (shares,) = ctx.saved_tensors
+        return shares * gradient
+
+
+def _share_diagnostics(f_target: Tensor, log_z: Tensor, shares: Tensor) -> dict[str, Tensor]:
+    """What the shares of quadrature nodes in Z say, shape (G, B); see :class:`~energyreg.points.WeightedPoints`."""
+    with torch.no_grad():
+        half = len(shares) // 2
+        halves = shares[: 2 * half].unflatten(0, (half, 2)).sum(0).log()
+        return {
+            "f_target": f_target,
+            "log_partition": log_z,
+            "log_partition_stderr": (halves[0] - halves[1]).abs() / 2,
+            "effective_sample_size": shares.square().sum(0).reciprocal(),
         }
 
 
@@ -219,13 +260,12 @@ class ExactMaximumLikelihood:
                 f"y has {y.shape[-1]} dimensions, but quadrature serves at most 2; use NCEWithLearnedProposal or "
                 "MaximumLikelihoodWithLearnedProposal with a proposal."
             )
-        f_target = f(y)
-        log_weights = StratifiedQuadrature(self.num_nodes).log_weights(f, generator=generator)
-        loss = losses.maximum_likelihood_quadrature(f_target, log_weights)
-        loss, own = _with_proposal(loss, q, y, self.proposal_weight)
-        return _finish(
-            loss, _weight_diagnostics(f_target, log_weights, False), f=f_target, Z=log_weights.logsumexp(0), **own
-        )
+        u, log_node_weights = StratifiedQuadrature(self.num_nodes).nodes(f, generator=generator)
+        f_target, relative = f.target_and_relative(y, u)
+        log_sum, shares = _LogSumExp.apply(relative)
+        log_z = log_sum + log_node_weights[0]  # the nodes' weights are equal
+        loss, own = _with_proposal(log_z - f_target, q, y, self.proposal_weight)
+        return _finish(loss, _share_diagnostics(f_target, log_z, shares), f=f_target, Z=log_z, **own)
 
 
 # Noise around the target ---------------------------------------------------------------------------------------------
@@ -267,7 +307,7 @@ class MaximumLikelihoodImportanceSampling:
         _check_angles(self.noise, f)
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         log_noise = self.noise.log_prob(samples, y)
-        f_target, f_samples = f(y), f(samples)
+        f_target, f_samples = _target_first(f(torch.cat([y[None], samples])))
         loss = losses.maximum_likelihood_importance_sampling(f_target, f_samples, log_noise)
         loss, own = _with_proposal(loss, q, y, self.proposal_weight)
         diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
@@ -370,8 +410,9 @@ class NCE:
         _check_angles(self.noise, f)
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         positive = self._positive(y, generator)
-        f_target, f_samples = f(positive), f(samples)
-        log_noise_target, log_noise = self.noise.log_prob(positive, y), self.noise.log_prob(samples, y)
+        points = torch.cat([positive[None], samples])
+        f_target, f_samples = _target_first(f(points))
+        log_noise_target, log_noise = _target_first(self.noise.log_prob(points, y))
         loss = losses.nce(f_target, f_samples, log_noise_target, log_noise)
         diagnostics = _weight_diagnostics(f_target, f_samples - log_noise - math.log(self.num_samples))
         diagnostics["target_share"] = (-loss).exp()
@@ -407,8 +448,7 @@ def _sample(f: Energy, q: Distribution, y: Tensor, num_samples: int, generator: 
     """Evaluate f and q at the target and at samples of q, in one pass each; the samples carry no gradient."""
     samples = ImportanceSampling(num_samples).sample(q, generator=generator)
     points = torch.cat([y[None], samples])
-    f_points, log_q = f(points), q.log_prob(points)
-    return _Sampled(f_points[0], f_points[1:], log_q[0], log_q[1:])
+    return _Sampled(*_target_first(f(points)), *_target_first(q.log_prob(points)))
 
 
 def _proposal_loss(s: _Sampled, kl_weight: float, nll_weight: float) -> Tensor:

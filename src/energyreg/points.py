@@ -298,7 +298,7 @@ class Cells:
     centres: Tensor
     log_masses: Tensor
 
-    @property
+    @cached_property
     def log_partition(self) -> Tensor:
         """Log Z, shape (B,)."""
         return self.log_masses.logsumexp(0)
@@ -306,9 +306,9 @@ class Cells:
     @property
     def log_partition_stderr(self) -> Tensor:
         """Half the disagreement of two interleaved halves on log Z, shape (B,)."""
-        return WeightedPoints(
-            self.centres.reshape(len(self.centres), -1, 1), self.log_masses, False
-        ).log_partition_stderr
+        half = len(self.masses) // 2
+        even, odd = self.masses[: 2 * half].unflatten(0, (half, 2)).sum(0).log()
+        return (even - odd).abs() / 2
 
     @staticmethod
     def _columns(table: Tensor) -> Tensor:
@@ -330,48 +330,65 @@ class Cells:
         """The centres of each row, shape (G, B), in double precision."""
         return self._columns(self.centres).expand(-1, self.log_masses.shape[1])
 
-    @property
+    @cached_property
     def masses(self) -> Tensor:
         """Masses that sum to one, shape (G, B)."""
         return self.log_masses.softmax(0)
 
     @cached_property
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Edges, cumulative probabilities at them and slopes within the cells, (B, G + 1), (B, G + 1) and (B, G)."""
-        edges, centres, widths, masses = self._columns(self.edges), self.row_centres, self.widths, self.masses.double()
-        cumulative = masses.cumsum(0)
-        cumulative = torch.cat([torch.zeros_like(cumulative[:1]), cumulative / cumulative[-1]])
-        density = masses / widths
-        # Half the relative change of the density across a cell, from its neighbours; at most what keeps it positive.
-        rise = (density[2:] - density[:-2]) / (centres[2:] - centres[:-2]).clamp_min(1e-300)
-        inner = (rise * widths[1:-1] / (2 * density[1:-1]).clamp_min(1e-300)).clamp(-1, 1)
-        slopes = torch.nn.functional.pad(inner, (0, 0, 1, 1))
-        return edges.expand_as(cumulative).T.contiguous(), cumulative.T.contiguous(), slopes.T.contiguous()
+    def _cumulative(self) -> Tensor:
+        """Cumulative probabilities at the edges, shape (B, G + 1), in double precision."""
+        cumulative = self.masses.new_zeros(self.masses.shape[1], len(self.masses) + 1, dtype=torch.double)
+        torch.cumsum(self.masses.T.contiguous(), 1, dtype=torch.double, out=cumulative[:, 1:])
+        return cumulative.div_(cumulative[:, -1:].clone())
+
+    @staticmethod
+    def _at(table: Tensor, index: Tensor) -> Tensor:
+        """Entries of a table (G,) or (G, B) at indices (B, S), in double precision."""
+        return (table[index] if table.ndim == 1 else table.gather(0, index.T).T).double()
 
     @staticmethod
     def _find(table: Tensor, value: Tensor) -> Tensor:
-        """Index of the cell of each value, row by row: a table (B, G + 1), values (B, S)."""
-        return torch.searchsorted(table, value, right=True).sub_(1).clamp_(0, table.shape[1] - 2)
+        """Index of the cell of each value, row by row: a table (G + 1,) or (B, G + 1), values (B, S)."""
+        return torch.searchsorted(table, value, right=True).sub_(1).clamp_(0, table.shape[-1] - 2)
+
+    def _slope(self, index: Tensor) -> Tensor:
+        """Half the relative change of the density across the cells, from their neighbours, at indices (B, S).
+
+        At most what keeps the density positive; zero in the first and the last cell.
+        """
+        count = len(self.masses)
+        if count < 3:
+            return torch.zeros(index.shape, dtype=torch.double, device=index.device)
+        inner = index.clamp(1, count - 2)
+        width, density, centre = [], [], []
+        for cell in (inner - 1, inner, inner + 1):
+            width.append((self._at(self.edges, cell + 1) - self._at(self.edges, cell)).clamp_min(1e-300))
+            density.append(self._at(self.masses, cell) / width[-1])
+            centre.append(self._at(self.centres, cell))
+        rise = (density[2] - density[0]) / (centre[2] - centre[0]).clamp_min(1e-300)
+        slope = (rise * width[1] / (2 * density[1]).clamp_min(1e-300)).clamp(-1, 1)
+        return torch.where(inner == index, slope, 0.0)
 
     def cdf(self, u: Tensor) -> Tensor:
         """Cumulative distribution function at unit coordinates, (S, B) to (S, B), in double precision."""
-        edges, cumulative, slopes = self._tables
-        value = u.double().T.contiguous()
+        value, cumulative = u.double().T.contiguous(), self._cumulative
+        edges = self.edges.double()
+        edges = (edges if edges.ndim == 1 else edges.T).contiguous()
         index = self._find(edges, value)
-        start, stop = edges.gather(1, index), edges.gather(1, index + 1)
+        start, stop = self._at(self.edges, index), self._at(self.edges, index + 1)
         t = ((value - start) / (stop - start).clamp_min(1e-300)).clamp(0, 1)
-        share = t + slopes.gather(1, index) * t * (t - 1)
+        share = t + self._slope(index) * t * (t - 1)
         return torch.lerp(cumulative.gather(1, index), cumulative.gather(1, index + 1), share).T
 
     def icdf(self, level: Tensor) -> Tensor:
         """Unit coordinates at cumulative probabilities, (S, B) to (S, B), in double precision."""
-        edges, cumulative, slopes = self._tables
-        value = level.double().T.contiguous()
+        value, cumulative = level.double().T.contiguous(), self._cumulative
         index = self._find(cumulative, value)
         start, stop = cumulative.gather(1, index), cumulative.gather(1, index + 1)
         share = ((value - start) / (stop - start).clamp_min(1e-300)).clamp(0, 1)
-        slope = slopes.gather(1, index)
+        slope = self._slope(index)
         # The root of slope t² + (1 - slope) t = share in (0, 1), in the form that does not cancel.
         linear = 1 - slope
         t = 2 * share / (linear + (linear.square() + 4 * slope * share).clamp_min(0).sqrt()).clamp_min(1e-300)
-        return torch.lerp(edges.gather(1, index), edges.gather(1, index + 1), t.clamp(0, 1)).T
+        return torch.lerp(self._at(self.edges, index), self._at(self.edges, index + 1), t.clamp(0, 1)).T
