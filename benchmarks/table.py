@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory, predictions, startup, steps, trainings
+from benchmarks import memory, predictions, shared_samples, startup, steps, trainings
 from benchmarks.rows import Benchmark
 from energyreg.checkpoint import write_atomically
 
@@ -17,6 +17,7 @@ __all__ = ["BENCHMARKS", "RESULTS", "guarded_ratio", "markdown", "merge", "read"
 
 BENCHMARKS: list[Benchmark] = [
     *(row for row in steps.BENCHMARKS if not row.name.startswith("growth")),
+    *shared_samples.BENCHMARKS,
     *trainings.BENCHMARKS,
     *predictions.BENCHMARKS[:2],
     *memory.BENCHMARKS,

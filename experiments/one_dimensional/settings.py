@@ -182,9 +182,9 @@ def default_model() -> er.EnergyRegressionModel:
     return er.EnergyRegressionModel.for_table(num_features=1)
 
 
-def default_mixture(num_components: int) -> er.EnergyRegressionModel:
-    """A mixture with the same encoder."""
-    return er.EnergyRegressionModel.mixture_for_table(num_features=1, num_components=num_components)
+def default_mixture(num_components: int, num_rows: int) -> er.EnergyRegressionModel:
+    """A mixture with the encoder that goes with the number of rows."""
+    return er.EnergyRegressionModel.mixture_for_table(1, num_components=num_components, num_rows=num_rows)
 
 
 def moving_edges() -> er.EnergyRegressionModel:
@@ -195,16 +195,17 @@ def moving_edges() -> er.EnergyRegressionModel:
     )
 
 
-def on_mixture() -> er.EnergyRegressionModel:
+def on_mixture(width: int | None) -> er.EnergyRegressionModel:
     """Its default for few rows: a separable head on a mixture of eight, which the energy starts from."""
-    return er.EnergyRegressionModel.for_table(num_features=1, num_rows=2000)
+    return er.EnergyRegressionModel.for_table(num_features=1, num_rows=2000, width=width)
 
 
 def _library(task: str) -> list[Library]:
-    mixtures = {f"K={k}": partial(default_mixture, k) for k in (4, 8, 16, 30)}
+    many = task == "slabs"
+    mixtures = {f"K={k}": partial(default_mixture, k, 16_000 if many else 2000) for k in (4, 8, 16, 30)}
     # The large set takes fewer passes, and seeds.
-    fit = {"epochs": 40} if task == "slabs" else {}
-    large, seeds = (3, 3) if task == "slabs" else (1, 5)
+    fit = {"epochs": 40} if many else {}
+    large, seeds = (3, 3) if many else (1, 5)
     return [
         Library(
             f"{task}-library",
@@ -228,7 +229,7 @@ def _library(task: str) -> list[Library]:
             seeds,
             seeds,
             100.0 * large,
-            {"on": on_mixture},
+            {"on": partial(on_mixture, 256 if many else None)},
             fit,
         ),
         Library(

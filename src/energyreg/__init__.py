@@ -13,29 +13,28 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from energyreg import bases, encoders, heads, integrators, losses, mcmc, noise, objectives, proposals, spaces
-from energyreg.checkpoint import CheckpointError, load, save
-from energyreg.model import EnergyRegressionModel
-from energyreg.points import WeightedPoints
-from energyreg.predictive import PredictiveDistribution
-from energyreg.refine import refine
-from energyreg.training import History, TrainingError, fit
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CheckpointError",
+    "EnergyEnsemble",
     "EnergyRegressionModel",
+    "EnergyRegressor",
     "History",
     "PredictiveDistribution",
     "TrainingError",
     "WeightedPoints",
     "bases",
+    "calibration",
     "datasets",
     "encoders",
     "fit",
+    "fit_ensemble",
     "heads",
     "integrators",
     "load",
@@ -50,18 +49,81 @@ __all__ = [
     "report",
     "save",
     "spaces",
+    "tables",
 ]
 
-_LAZY = ("datasets", "metrics", "plots", "report")
+# Where the names above come from; the others are modules. They are imported when they are asked for, as torch takes
+# seconds that `energyreg --help` should not.
+_ORIGIN = {
+    "CheckpointError": "checkpoint",
+    "EnergyEnsemble": "ensemble",
+    "EnergyRegressionModel": "model",
+    "EnergyRegressor": "estimator",
+    "History": "training",
+    "PredictiveDistribution": "predictive",
+    "TrainingError": "training",
+    "WeightedPoints": "points",
+    "fit": "training",
+    "fit_ensemble": "ensemble_training",
+    "load": "checkpoint",
+    "refine": "refine",
+    "save": "checkpoint",
+}
+
+
+class _Package(ModuleType):
+    """The package, where `refine` is the function for good: importing the module of that name would replace it."""
+
+    @property
+    def refine(self) -> Any:
+        return importlib.import_module("energyreg.refine").refine
+
+    @refine.setter
+    def refine(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
+    if name not in __all__:
+        raise AttributeError(f"module 'energyreg' has no attribute {name!r}")
+    module = importlib.import_module(f"energyreg.{_ORIGIN.get(name, name)}")
+    value = getattr(module, name) if name in _ORIGIN else module
+    globals()[name] = value
+    return value
 
-        return importlib.import_module(f"energyreg.{name}")
-    raise AttributeError(f"module 'energyreg' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if TYPE_CHECKING:
-    from energyreg import datasets, metrics, plots, report
+    from energyreg import (
+        bases,
+        calibration,
+        datasets,
+        encoders,
+        heads,
+        integrators,
+        losses,
+        mcmc,
+        metrics,
+        noise,
+        objectives,
+        plots,
+        proposals,
+        report,
+        spaces,
+        tables,
+    )
+    from energyreg.checkpoint import CheckpointError, load, save
+    from energyreg.ensemble import EnergyEnsemble
+    from energyreg.ensemble_training import fit_ensemble
+    from energyreg.estimator import EnergyRegressor
+    from energyreg.model import EnergyRegressionModel
+    from energyreg.points import WeightedPoints
+    from energyreg.predictive import PredictiveDistribution
+    from energyreg.refine import refine
+    from energyreg.training import History, TrainingError, fit

@@ -9,6 +9,7 @@ is no signature: whoever can write the file can write a valid one, with other we
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import inspect
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,18 +27,29 @@ import torch
 from torch import Tensor, nn
 
 from . import bases, encoders, heads, proposals, spaces
+from .ensemble import EnergyEnsemble
 from .model import EnergyRegressionModel
 
-__all__ = ["CheckpointError", "load", "load_training_state", "save", "save_training_state"]
+__all__ = [
+    "CheckpointError",
+    "load",
+    "load_estimator",
+    "load_training_state",
+    "save",
+    "save_estimator",
+    "save_training_state",
+]
 
 SUFFIX = ".safetensors"
 MODEL_FORMAT = "energyreg"
 STATE_FORMAT = "energyreg-training-state"
+ESTIMATOR_FORMAT = "energyreg-estimator"
 FORMAT_VERSION = "1"
 
 # The only classes that a file can name. The list comes from our own modules, never from a file.
 KNOWN_CLASSES: tuple[type[nn.Module], ...] = (
     EnergyRegressionModel,
+    EnergyEnsemble,
     *(
         member
         for module in (spaces, bases, proposals, heads, encoders)
@@ -45,14 +58,16 @@ KNOWN_CLASSES: tuple[type[nn.Module], ...] = (
     ),
 )
 PARTS = ("encoder", "head", "proposal", "base", "space")
+# Where a model stands in a description: by itself, or as a member of an ensemble.
+MODEL = re.compile(r"model(\.members\[\d+\])?")
 
 
 class CheckpointError(ValueError):
     """A file that cannot be loaded, or a model that cannot be saved; the message names the file and what is wrong."""
 
 
-def save(model: EnergyRegressionModel, path: str | os.PathLike[str]) -> Path:
-    """Write a model to one safetensors file.
+def save(model: EnergyRegressionModel | EnergyEnsemble, path: str | os.PathLike[str]) -> Path:
+    """Write a model, or an ensemble with all its members, to one safetensors file.
 
     The file is written beside its final place and moved there when it is complete, so that an interrupted or failed
     write leaves an older file as it was. Parts that are not this library's (your own encoder, a zuko flow) are stored
@@ -66,14 +81,16 @@ def save(model: EnergyRegressionModel, path: str | os.PathLike[str]) -> Path:
         The path of the file, with its suffix.
 
     Raises:
-        CheckpointError: If model is not an EnergyRegressionModel, or holds something that cannot be stored.
+        CheckpointError: If model is neither an EnergyRegressionModel nor an EnergyEnsemble, or holds something that
+            cannot be stored.
         OSError: If the file cannot be written (a read-only or full disk); the message says so, an older file is intact.
     """
     path = _with_suffix(path)
-    if type(model) is not EnergyRegressionModel:
+    if type(model) not in (EnergyRegressionModel, EnergyEnsemble):
         raise CheckpointError(
-            f"save() was given a {type(model).__name__}; expected an EnergyRegressionModel (not a subclass: a file "
-            "cannot rebuild one). For other modules use safetensors.torch.save_file(module.state_dict(), path)."
+            f"save() was given a {type(model).__name__}; expected an EnergyRegressionModel or EnergyEnsemble (not a "
+            "subclass: a file cannot rebuild one). For other modules use "
+            "safetensors.torch.save_file(module.state_dict(), path)."
         )
     config = json.dumps(_describe(model, "model", {}), allow_nan=False)
     _write(path, model.state_dict(), MODEL_FORMAT, {"config": config})
@@ -89,15 +106,16 @@ def load(
     base: nn.Module | None = None,
     space: nn.Module | None = None,
     map_location: str | torch.device = "cpu",
-) -> EnergyRegressionModel:
-    """Read a model that :func:`save` wrote.
+) -> EnergyRegressionModel | EnergyEnsemble:
+    """Read a model or an ensemble that :func:`save` wrote.
 
     It is in evaluation mode, and its ``log_prob`` is bit-equal to that of the saved one.
 
     Args:
         path: File to read, with or without its suffix ``.safetensors``.
         encoder: Your own encoder, built as it was when the model was saved; its weights are overwritten by the file's.
-            Only for a model whose encoder is not this library's; the same holds for the other parts.
+            Only for a model whose encoder is not this library's; the same holds for the other parts. Each member of an
+            ensemble gets a copy.
         head: Your own head.
         proposal: Your own proposal.
         base: Your own base.
@@ -105,7 +123,7 @@ def load(
         map_location: Device of the returned model.
 
     Returns:
-        The model.
+        The model, or the ensemble, whose histories are not stored.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -116,18 +134,74 @@ def load(
     path = _with_suffix(path)
     tensors, metadata = _read(path, MODEL_FORMAT)
     parts = dict(zip(PARTS, (encoder, head, proposal, base, space), strict=True))
+    return _build(path, tensors, metadata, parts).to(map_location).eval()
+
+
+def _build(
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str], parts: Mapping[str, nn.Module | None]
+) -> EnergyRegressionModel | EnergyEnsemble:
+    """The model that a file describes, with its tensors."""
     try:
         config = json.loads(metadata["config"])
         # Constructors draw initial weights; the caller's random state is none of their business.
         with torch.random.fork_rng(devices=[]):
             model = _Builder(parts).build(config)
-        if not isinstance(model, EnergyRegressionModel):
+        if not isinstance(model, (EnergyRegressionModel, EnergyEnsemble)):
             raise _DescriptionError(f"it describes a {type(model).__name__}, not an EnergyRegressionModel.")
         _fill(model, tensors)
     except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
         what = error if isinstance(error, _DescriptionError) else f"its description cannot be read ({error!r})"
         raise CheckpointError(f"Cannot load {str(path)!r}: {what}") from None
-    return model.to(map_location).eval()
+    return model
+
+
+def save_estimator(
+    model: EnergyRegressionModel | EnergyEnsemble, state: Mapping[str, Any], path: str | os.PathLike[str]
+) -> Path:
+    """Write a model together with what an estimator knows besides, with the guards of :func:`save`.
+
+    Args:
+        model: The model, or the ensemble.
+        state: The rest, as for :func:`save_training_state`; target spaces may be in it, too.
+        path: File to write. The suffix ``.safetensors`` is appended where it is missing.
+
+    Returns:
+        The path of the file, with its suffix.
+
+    Raises:
+        CheckpointError: If something cannot be stored.
+        OSError: If the file cannot be written; an older file is intact.
+    """
+    path = _with_suffix(path)
+    metadata = {
+        "config": json.dumps(_describe(model, "model", {}), allow_nan=False),
+        "state": json.dumps(_describe(dict(state), "state", {}), allow_nan=False),
+    }
+    _write(path, model.state_dict(), ESTIMATOR_FORMAT, metadata)
+    return path
+
+
+def load_estimator(path: str | os.PathLike[str]) -> tuple[EnergyRegressionModel | EnergyEnsemble, dict[str, Any]]:
+    """Read what :func:`save_estimator` wrote.
+
+    Args:
+        path: File to read, with or without its suffix.
+
+    Returns:
+        The model in evaluation mode on the CPU, and the rest of the state.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is not an estimator's, is damaged, or has another format version.
+    """
+    path = _with_suffix(path)
+    tensors, metadata = _read(path, ESTIMATOR_FORMAT)
+    model = _build(path, tensors, metadata, {})
+    try:
+        state = _Builder({}).build(json.loads(metadata["state"]), "state")
+    except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"Cannot load {str(path)!r}: its description cannot be read ({error!r}).") from None
+    return model.eval(), state
 
 
 def save_training_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -246,10 +320,11 @@ class _Builder:
                 self.built[number] = module = self.module(name, arguments, where)
                 return module
             case {"custom": str(name)}:
-                part = where.removeprefix("model.").partition(".")[0].partition("[")[0]
+                inside = MODEL.sub("", where, count=1).removeprefix(".")
+                part = inside.partition(".")[0].partition("[")[0]
                 raise _DescriptionError(
                     f"{where} is a {name}, which is not energyreg's: the file has its weights only. Build it as it was "
-                    f"when the model was saved, and pass {'the whole ' + part if where.count('.') > 1 else 'it'} as "
+                    f"when the model was saved, and pass {'the whole ' + part if '.' in inside else 'it'} as "
                     f"load(..., {part}=...)."
                 )
         raise _DescriptionError(f"{where} is described by {str(node)[:80]!r}, which this version cannot read.")
@@ -280,7 +355,9 @@ class _Builder:
             raise _DescriptionError(f"{where} cannot be built as a {name}: {error}") from error
 
     def argument(self, name: str, node: Any, where: str) -> Any:
-        if where != "model" or name not in self.parts:
+        if not MODEL.fullmatch(where) or name not in self.parts:
+            return self.build(node, f"{where}.{name}")
+        if isinstance(node, dict) and "same" in node:  # one part of several members
             return self.build(node, f"{where}.{name}")
         part, custom = self.parts[name], _first_custom(node)
         if custom is None:
@@ -291,6 +368,8 @@ class _Builder:
         top = node.get("custom") or node.get("class")
         if _qualified_name(part).rpartition(".")[2] != str(top).rpartition(".")[2]:
             raise _DescriptionError(f"the {name} was a {top}, but load() was given a {_qualified_name(part)}.")
+        if where != "model":
+            part = copy.deepcopy(part)
         self.built[node["id"]] = part
         return part
 
@@ -454,13 +533,14 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_format(path: Path, metadata: Mapping[str, str], kind: str) -> None:
     found = metadata.get("format")
-    if {found, kind} == {MODEL_FORMAT, STATE_FORMAT}:
-        hint = (
-            "a training state: continue it by fit(..., checkpoint_dir=..., resume=True)"
-            if found == STATE_FORMAT
-            else "a model, not a training state: read it by load()"
-        )
-        raise CheckpointError(f"Cannot load {str(path)!r}: it is {hint}.")
+    wanted = "an estimator" if kind == ESTIMATOR_FORMAT else "a training state"
+    hints = {
+        STATE_FORMAT: "a training state: continue it by fit(..., checkpoint_dir=..., resume=True)",
+        MODEL_FORMAT: f"a model, not {wanted}: read it by load()",
+        ESTIMATOR_FORMAT: "an estimator: read it by EnergyRegressor.load()",
+    }
+    if found in hints and found != kind:
+        raise CheckpointError(f"Cannot load {str(path)!r}: it is {hints[found]}.")
     if found != kind:
         raise CheckpointError(f"Cannot load {str(path)!r}: a safetensors file, but none that energyreg wrote.")
     if metadata.get("format_version") != FORMAT_VERSION:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["QuantileNormalizer", "TableEncoder", "TwinEncoder"]
+__all__ = ["MixedTableEncoder", "QuantileNormalizer", "TableEncoder", "TwinEncoder"]
 
 
 ROWS_PER_KNOT = 64
@@ -119,7 +120,8 @@ class _Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, threshold / 256)
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        # Made from x, so that the members of an ensemble, batched by vmap, have bits of their own.
+        words = x.new_empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.uint8)[: x.numel()].view(x.shape)
         return x * (bits >= threshold) * (256 / (256 - threshold))
 
@@ -153,24 +155,15 @@ class TableEncoder(nn.Module):
         frequency_scale: float = 0.5,
     ) -> None:
         super().__init__()
-        for name, number, smallest in (
-            ("num_features", num_features, 1), ("context_dim", context_dim, 1), ("depth", depth, 1),
-            ("num_frequencies", num_frequencies, 0),
-        ):  # fmt: skip
-            if number < smallest:
-                raise ValueError(f"{name} is {number}; expected at least {smallest}.")
+        _check_sizes(num_features=(num_features, 1), context_dim=(context_dim, 1), depth=(depth, 1))
+        _check_sizes(num_frequencies=(num_frequencies, 0))
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1).")
         self.num_features, self.context_dim, self.depth, self.dropout = num_features, context_dim, depth, dropout
         self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
         self.normalizer = QuantileNormalizer(num_features)
         self.frequencies = nn.Parameter(2 * math.pi * frequency_scale * torch.randn(num_features, num_frequencies))
-        layers: list[nn.Module] = []
-        width = num_features * (2 * num_frequencies + 1)
-        for _ in range(depth):
-            layers += [nn.Linear(width, context_dim), nn.SiLU(), _Dropout(dropout)]
-            width = context_dim
-        self.layers = nn.Sequential(*layers)
+        self.layers = _hidden_layers(num_features * (2 * num_frequencies + 1), context_dim, depth, dropout)
 
     @property
     def fitted(self) -> Tensor:
@@ -192,6 +185,118 @@ class TableEncoder(nn.Module):
         scores = self.normalizer(x)
         phase = scores[..., None] * self.frequencies
         return self.layers(torch.cat([scores, phase.sin().flatten(1), phase.cos().flatten(1)], 1))
+
+
+class MixedTableEncoder(nn.Module):
+    """Encoder for tables of numbers and categories: as `TableEncoder`, with a learned vector for each category.
+
+    The last columns of x hold the categories as whole numbers from 0 on. Code 0 stands for all categories that are too
+    rare to have learned a vector of their own, or were not seen at all: in training a few codes become 0 by chance, so
+    that its vector learns what is true of all of them.
+
+    Args:
+        num_numeric: Columns of numbers, which come first; none is allowed.
+        cardinalities: How many codes each column of categories has.
+        context_dim: Context channels C, the width of the hidden layers too.
+        depth: Hidden layers.
+        dropout: Dropout probability after each hidden layer.
+        num_frequencies: Periodic features per column of numbers; 0 for none.
+        frequency_scale: Standard deviation of their initial frequencies, in periods per standard deviation of the
+            feature.
+        other_rate: Share of the codes that are 0 in training.
+
+    Raises:
+        ValueError: If an argument is out of its range, or there is no column at all.
+
+    Source:
+        Gorishniy et al., "On embeddings for numerical features in tabular deep learning", NeurIPS 2022 (numbers);
+        Guo and Berkhahn, "Entity embeddings of categorical variables", 2016 (categories).
+
+    >>> encoder = MixedTableEncoder(num_numeric=1, cardinalities=[3, 5], context_dim=8)
+    >>> encoder(torch.tensor([[0.3, 2, 4], [-1.0, 0, 1]])).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        num_numeric: int,
+        cardinalities: Sequence[int],
+        context_dim: int = 256,
+        depth: int = 2,
+        dropout: float = 0.2,
+        num_frequencies: int = 16,
+        frequency_scale: float = 0.5,
+        other_rate: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.cardinalities = [int(cardinality) for cardinality in cardinalities]
+        _check_sizes(num_numeric=(num_numeric, 0), context_dim=(context_dim, 1), depth=(depth, 1))
+        _check_sizes(num_frequencies=(num_frequencies, 0), columns=(num_numeric + len(self.cardinalities), 1))
+        _check_sizes(**{f"cardinalities[{i}]": (number, 1) for i, number in enumerate(self.cardinalities)})
+        for name, share in (("dropout", dropout), ("other_rate", other_rate)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} is {share}; expected a probability in [0, 1).")
+        self.num_numeric, self.num_features = num_numeric, num_numeric + len(self.cardinalities)
+        self.context_dim, self.depth, self.dropout, self.other_rate = context_dim, depth, dropout, other_rate
+        self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
+        width = 0
+        if num_numeric:
+            self.normalizer = QuantileNormalizer(num_numeric)
+            frequencies = 2 * math.pi * frequency_scale * torch.randn(num_numeric, num_frequencies)
+            self.frequencies = nn.Parameter(frequencies)
+            width += num_numeric * (2 * num_frequencies + 1)
+        self.embeddings = nn.ModuleList()
+        for number in self.cardinalities:
+            # A rule of thumb: the width grows a little faster than the square root of the number of categories.
+            size = min(max(round(1.6 * number**0.56), 1), 64)
+            self.embeddings.append(nn.Embedding(number, size))
+            width += size
+        self.layers = _hidden_layers(width, context_dim, depth, dropout)
+
+    @property
+    def fitted(self) -> Tensor:
+        """Whether the normaliser has seen the training features; categories have nothing to fit."""
+        return self.normalizer.fitted if self.num_numeric else torch.tensor(True)
+
+    def fit(self, x: Tensor) -> None:
+        """Fit the feature normaliser, x of shape (N, F)."""
+        if self.num_numeric:
+            self.normalizer.fit(x[:, : self.num_numeric])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (B, F) to contexts (B, C); codes out of their range count as 0.
+
+        Raises:
+            ValueError: If x has another number of columns.
+        """
+        if x.ndim != 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
+        parts = []
+        if self.num_numeric:
+            scores = self.normalizer(x[:, : self.num_numeric])
+            phase = scores[..., None] * self.frequencies
+            parts += [scores, phase.sin().flatten(1), phase.cos().flatten(1)]
+        codes = x[:, self.num_numeric :]
+        if self.training and self.other_rate:
+            codes = torch.where(torch.rand_like(codes) < self.other_rate, 0.0, codes)
+        for column, embedding in enumerate(self.embeddings):
+            code, known = codes[:, column], self.cardinalities[column]
+            parts.append(embedding(torch.where((code >= 0) & (code < known), code, 0.0).long()))
+        return self.layers(torch.cat(parts, 1))
+
+
+def _hidden_layers(width: int, context_dim: int, depth: int, dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, context_dim), nn.SiLU(), _Dropout(dropout)]
+        width = context_dim
+    return nn.Sequential(*layers)
+
+
+def _check_sizes(**sizes: tuple[int, int]) -> None:
+    for name, (number, smallest) in sizes.items():
+        if number < smallest:
+            raise ValueError(f"{name} is {number}; expected at least {smallest}.")
 
 
 class TwinEncoder(nn.Module):

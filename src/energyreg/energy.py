@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,16 @@ def _detached(q: Distribution) -> Distribution:
         elif isinstance(value, Distribution):
             vars(q)[name] = _detached(value)
     return q
+
+
+def _in_one_pass(head: Any) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """The head's way to take targets of its rows and shared ones at once, unless a subclass changed only `forward`."""
+    for kind in type(head).__mro__:
+        if "own_and_shared" in vars(kind):
+            return head.own_and_shared  # type: ignore[no-any-return]
+        if "forward" in vars(kind):
+            return None
+    return None
 
 
 class EnergyFunction:
@@ -59,7 +70,7 @@ class EnergyFunction:
     @property
     def batch_size(self) -> int:
         """Rows B."""
-        return len(self.context)
+        return self.context.shape[0]  # not len(), which would fix the batch size in an exported graph
 
     @property
     def normalised(self) -> bool:
@@ -142,7 +153,7 @@ class EnergyFunction:
         Returns:
             f of shape (B,), and f - log p₀ of shape (G, B).
         """
-        both = getattr(self.head, "own_and_shared", None)
+        both = _in_one_pass(self.head)
         if both is None:
             return self(z), self.relative(u)
         own, shared = 2 * self.reference.to_unit(z) - 1, 2 * u - 1

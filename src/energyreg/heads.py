@@ -136,7 +136,7 @@ class SeparableHead(nn.Module):
     def forward(self, context: Tensor, v: Tensor) -> Tensor:
         """Return g of shape (*S, B) for contexts (B, C) and coordinates (*S, B, D) or (*S, 1, D)."""
         a, phi = self._context(context), self.target_map(v)
-        if v.shape[-2] == 1 and len(context) > 1:
+        if v.shape[-2] == 1 and context.shape[0] > 1:
             return phi[..., 0, :] @ a.T
         return (phi * a).sum(-1)
 
@@ -218,7 +218,7 @@ class JointHead(nn.Module):
             g = _ResidualNetwork.apply(
                 from_context, embedding.flatten(0, -3), self.target_map[1].weight, self.output.weight, *parameters
             )
-            return g.reshape(*v.shape[:-2], len(context))
+            return g.reshape(*v.shape[:-2], context.shape[0])
         hidden = functional.silu(from_context + self.target_map[1](embedding))
         for layer in self.layers:
             hidden = hidden + functional.silu(layer(hidden))

@@ -259,7 +259,7 @@ class PredictiveDistribution(Distribution):
 
     def _adapt(self, f: EnergyFunction, rows: slice, cells: Cells) -> Cells:
         assert isinstance(self.integrator, AdaptiveQuadrature)
-        if f.head is None and not f.conditional:
+        if f.is_reference:
             return cells
         pending = self.integrator.needs_refinement(f, cells).nonzero()[:, 0]
         if not len(pending):
@@ -504,6 +504,22 @@ class PredictiveDistribution(Distribution):
             return (chunk.masses[..., None] * deviation.square()).sum(0)
 
         return self._gather(variance).to(self._dtype)
+
+    def entropy(self) -> Tensor:
+        r"""Differential entropy, the expected -log p(y|x), in nats of user units, shape (B,).
+
+        .. math:: H = -\int p(y|x) \log p(y|x) dy
+
+        For D ≤ 2 by quadrature where the points are one; from the proposal's samples it is a self-normalised estimate,
+        whose error falls as one over the root of the effective sample size (see `diagnostics`).
+        """
+
+        def entropy(chunk: _Chunk) -> Tensor:
+            masses = chunk.masses
+            log_p = self._point_density(chunk) - chunk.log_partition
+            return -torch.where(masses > 0, masses * log_p, torch.zeros_like(masses)).sum(0)  # 0 log 0 = 0
+
+        return self._gather(entropy).to(self._dtype)
 
     @property
     def median(self) -> Tensor:
@@ -1010,6 +1026,11 @@ class PredictiveDistribution(Distribution):
         return z.double() + 2 * math.pi * turn
 
     # Trust -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def log_partition(self) -> Tensor:
+        """Log Z in model space, shape (B,); exactly 0 where the energy is a log-density."""
+        return self._gather(lambda chunk: chunk.log_partition)
 
     @property
     def diagnostics(self) -> Diagnostics:

@@ -140,7 +140,8 @@ class GaussianMixture(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, (*S, B, D) or (*S, 1, D) to (*S, B)."""
         simple = value.shape[-1] == 1 and self.factor is None and not any(self.periodic)
-        if simple and torch.broadcast_shapes(value.shape[:-1], self.batch_shape).numel() >= MANY:
+        # A compiled or exported graph serves any number of rows, so it cannot choose by that.
+        if simple and not torch.compiler.is_compiling() and torch.broadcast_shapes(value.shape[:-1], self.batch_shape).numel() >= MANY:
             return self._log_prob_of_many(value[..., 0])
         return self._component_log_prob(value).add(self.log_mixing).logsumexp(-1)
 
@@ -438,9 +439,9 @@ class DistributionProposal(nn.Module):
                 f"with batch "
                 f"shape ({len(context)},) and event shape ({self.dim},)."
             )
-        if self.dim == 1 and q.event_shape == () and q.batch_shape == (len(context), 1):
+        if self.dim == 1 and q.event_shape == () and q.batch_shape == (context.shape[0], 1):
             q = torch.distributions.Independent(q, 1)
-        if q.event_shape != (self.dim,) or q.batch_shape != (len(context),):
+        if q.event_shape != (self.dim,) or q.batch_shape != (context.shape[0],):
             raise ValueError(
                 f"The proposal's module returned batch shape {tuple(q.batch_shape)} and event shape "
                 f"{tuple(q.event_shape)}; "

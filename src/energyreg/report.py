@@ -1,7 +1,8 @@
-"""A comparison of models as one HTML page that needs nothing else: no network, no script, no other file.
+"""Reports as one HTML page that needs nothing else: no network, no script, no other file.
 
-The page holds the scores with their meaning, densities of chosen rows, calibration, learning curves, the trust in log
-Z, the code and the facts of the run. It follows the reader's light or dark setting, fits a phone, and prints.
+A `Report` compares models: scores with their meaning, densities of chosen rows, calibration, learning curves, the trust
+in log Z, the code and the facts of the run. A `SectionedReport` holds whatever sections it is given. Both follow the
+reader's light or dark setting, fit a phone, and print.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import re
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +31,19 @@ if TYPE_CHECKING:
     from energyreg.points import WeightedPoints
     from energyreg.predictive import Diagnostics, PredictiveDistribution
 
-__all__ = ["Example", "ModelResult", "Partition", "Report", "Score", "render", "write"]
+__all__ = [
+    "Drawing",
+    "Example",
+    "ModelResult",
+    "Partition",
+    "Report",
+    "Score",
+    "Section",
+    "SectionedReport",
+    "Table",
+    "render",
+    "write",
+]
 
 # Matplotlib draws neutral parts in this colour, which no model has; in the page it becomes the colour of the text.
 _NEUTRAL = "#7a7b7c"
@@ -164,7 +177,81 @@ class Report:
     footer: Sequence[str] = field(default_factory=tuple)
 
 
-def render(report: Report) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table in a section; the first cell of a row is its heading.
+
+    Args:
+        label: What it is, for those who hear the page.
+        headings: Of its columns.
+        rows: Texts, or mappings of `text` and `share`, a number from 0 to 1 that is drawn as a bar.
+    """
+
+    label: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure in a section.
+
+    Args:
+        draw: Makes the Matplotlib figure.
+        alternative: What it shows, in words.
+        title: Short heading.
+        caption: A sentence below it.
+    """
+
+    draw: Callable[[], Figure]
+    alternative: str
+    title: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, with whatever it has.
+
+    Args:
+        key: Its id in the page.
+        title: Heading.
+        paragraphs: Text below it.
+        tables: Tables, below that.
+        terms: Term → what it means, in a sentence or two.
+        drawings: Figures.
+        facts: Term → fact.
+        short: What it is called in the navigation, if not by its title.
+    """
+
+    key: str
+    title: str
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    terms: Mapping[str, str] = field(default_factory=dict)
+    drawings: Sequence[Drawing] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    short: str = ""
+
+
+@dataclass(frozen=True)
+class SectionedReport:
+    """A page of sections. All texts are plain: markup in them is shown, not obeyed.
+
+    Args:
+        title: Heading of the page.
+        summary: Paragraphs below it: the question and the answer.
+        sections: Its parts.
+        footer: Last lines.
+    """
+
+    title: str
+    summary: Sequence[str]
+    sections: Sequence[Section]
+    footer: Sequence[str] = ()
+
+
+def render(report: Report | SectionedReport) -> str:
     """Build the page.
 
     Args:
@@ -183,6 +270,22 @@ def render(report: Report) -> str:
         raise ImportError(
             "Reports are laid out by Jinja2, which is not installed. Install it with: pip install 'energyreg[tables]'"
         ) from error
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: files("energyreg").joinpath(name).read_text(encoding="utf-8")),
+    )  # fmt: skip
+    if isinstance(report, SectionedReport):
+        pictures = {
+            section.key: [
+                _Picture(
+                    _svg(drawing.draw, drawing.alternative, f"{section.key}-{index}"), drawing.caption, drawing.title
+                )
+                for index, drawing in enumerate(section.drawings)
+            ]
+            for section in report.sections
+        }
+        sections = environment.get_template("sections.html.jinja")
+        return sections.render(report=report, pictures=pictures, colors=plots.COLORS)
     if not report.models:
         raise ValueError("report has no models. Pass at least one ModelResult.")
     for model in report.models:
@@ -191,11 +294,7 @@ def render(report: Report) -> str:
                 f"{model.name!r} predicts {int(model.examples.batch_shape[0])} example rows, but report.examples has "
                 f"{len(report.examples)}. Predict exactly the rows of the examples, in their order."
             )
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    source = files("energyreg").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
+    return environment.get_template("report.html.jinja").render(
         report=report,
         rows=[_table_row(model, report) for model in report.models],
         densities=[_density(report, row) for row in range(len(report.examples))],
@@ -206,10 +305,9 @@ def render(report: Report) -> str:
         code=[_highlight(report.code)],
         colors=plots.COLORS,
     )
-    return page
 
 
-def write(report: Report, path: str | os.PathLike[str]) -> Path:
+def write(report: Report | SectionedReport, path: str | os.PathLike[str]) -> Path:
     """Render the page into a file, all or nothing.
 
     Args:

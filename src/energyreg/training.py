@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -229,6 +229,49 @@ def fit(
         energyreg.checkpoint.CheckpointError: If resume finds a damaged checkpoint, or one of other settings or data.
         OSError: If `checkpoint_dir` cannot be written, or has no room.
     """
+    return _fit(
+        model, x, y, objective=objective, validation=validation, epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, gradient_clip=gradient_clip,
+        patience=patience, seed=seed, checkpoint_dir=checkpoint_dir, resume=resume, progress=progress,
+        accelerator=accelerator, devices=devices, precision=precision, strategy=strategy,
+    )[0]  # fmt: skip
+
+
+class _Assemble(Protocol):
+    """Makes one model of many, whose rows are those of the members, one member after the other."""
+
+    num_members: int
+
+    def __call__(self, preprocessing: tuple[Tensor | None, Tensor] | None, data: _Data) -> EnergyRegressionModel: ...
+
+    def training(self, fabric: Fabric, job: _Job) -> _Training: ...
+
+
+def _fit(
+    model: EnergyRegressionModel,
+    x: Any,
+    y: Any,
+    *,
+    objective: Any,
+    validation: Any,
+    epochs: int,
+    batch_size: int | None,
+    learning_rate: float,
+    weight_decay: float,
+    schedule: str,
+    gradient_clip: float | None,
+    patience: int | None,
+    seed: int,
+    checkpoint_dir: str | os.PathLike[str] | None,
+    resume: bool,
+    progress: bool | None,
+    accelerator: Any,
+    devices: Any,
+    precision: Any,
+    strategy: Any,
+    assemble: _Assemble | None = None,
+) -> list[History]:
+    """What `fit` does, for one model, or for many that `assemble` joins once the preprocessing of `model` is fitted."""
     started = time.perf_counter()
     batch_size = _default_batch_size(y) if batch_size is None else batch_size
     settings = _Settings(
@@ -251,9 +294,12 @@ def fit(
             raise ValueError("patience needs validation data; pass validation=(x_val, y_val), or patience=None.")
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         if folder is not None:
-            _check_folder(folder, 5 * sum(tensor.nbytes for tensor in model.state_dict().values()))
+            members = 1 if assemble is None else assemble.num_members
+            _check_folder(folder, 5 * members * sum(tensor.nbytes for tensor in model.state_dict().values()))
         if preprocessing is not None:
             model.fit_preprocessing(*preprocessing)
+        if assemble is not None:
+            model = assemble(preprocessing, data)
         fabric = _make_fabric(accelerator, devices, precision, strategy)
         if fabric.world_size > 1:
             _check_processes(fabric.world_size, data, settings)
@@ -273,25 +319,27 @@ def fit(
                 started,
                 os.getpid(),
                 result,
+                _Training if assemble is None else assemble.training,
+                1 if assemble is None else assemble.num_members,
             )
-            history = fabric.launch(partial(_run, job=job))
-            if history is None:
+            histories = fabric.launch(partial(_run, job=job))
+            if histories is None:
                 weights, state = checkpoint.load_training_state(result)
-                history = History(**state)
+                histories = [History(**state)]
                 model.to(torch.float64 if settings.precision == "64-true" else model.dtype)
                 model.load_state_dict(weights)
                 model.eval()
-    return history
+    return histories
 
 
-def _run(fabric: Fabric, job: _Job) -> History | None:
-    history = _Training(fabric, job).run()
+def _run(fabric: Fabric, job: _Job) -> list[History] | None:
+    histories = job.training(fabric, job).run()
     if os.getpid() == job.process:
-        return history
+        return histories
     # A strategy that spawns or forks has trained a copy of the model. Its result travels back by a file: the queue that
     # Fabric has for it blocks where the result is larger than a pipe's buffer.
     if fabric.is_global_zero:
-        checkpoint.save_training_state(job.scratch, job.model.state_dict(), history.to_dict())
+        checkpoint.save_training_state(job.scratch, job.model.state_dict(), histories[0].to_dict())
     return None
 
 
@@ -494,8 +542,8 @@ class _Batch:
         y: Targets of this process in user units, (b, D).
         share: Weight of each row's loss here, such that the mean over the processes is the mean over the whole batch.
         rows: Row numbers in the caller's data; None for a DataLoader.
-        loss: Filled by the training step: the weighted sum of the losses, without gradient, before Fabric rounds it to
-            float32.
+        loss: Filled by the training step: the weighted sum of the losses of each member's rows, (S,), S = 1 where one
+            model is trained; without gradient, before Fabric rounds it to float32.
         per_example: The same: the losses, (b,).
         diagnostics: The same: the objective's diagnostics.
         finite: Whether all of x is finite, where that is not known beforehand.
@@ -513,6 +561,19 @@ class _Batch:
         self.reason: str | None = None
         self.diagnostics: dict[str, Tensor] = {}
 
+    def part(self, member: int, num_members: int) -> _Batch:
+        """The rows of one member of an ensemble, after the step."""
+        if num_members == 1:
+            return self
+        size = len(self.y) // num_members
+        rows = slice(member * size, (member + 1) * size)
+        x = self.x[rows] if isinstance(self.x, Tensor) else self.x
+        part = _Batch(x, self.y[rows], self.share, None if self.rows is None else self.rows[rows])
+        part.finite, part.reason = self.finite, self.reason
+        part.loss, part.per_example = self.loss[member : member + 1], self.per_example[rows]
+        part.diagnostics = {name: value[rows] for name, value in self.diagnostics.items() if len(value) == len(self.y)}
+        return part
+
 
 class _Data(Protocol):
     def num_batches(self) -> int: ...
@@ -529,12 +590,16 @@ class _Data(Protocol):
 
 
 class _Rows:
-    """Data in memory: batches are index lookups."""
+    """Data in memory: batches are index lookups.
+
+    The members of an ensemble take the rows each in an order of its own, that of a training with its own seed.
+    """
 
     def __init__(self, x: Tensor, y: Tensor, rows: Tensor | None, batch_size: int) -> None:
         self.x, self.y = x, y
         self.rows = torch.arange(len(y)) if rows is None else rows
         self.batch_size = min(batch_size, len(y))
+        self.num_members = 1
         self.description = {
             "rows": len(y),
             "x": _shape(x),
@@ -553,17 +618,19 @@ class _Rows:
         self.x, self.y = x, y
 
     def batches(self, epoch: int, settings: _Settings, fabric: Fabric) -> Iterator[_Batch]:
-        generator = torch.Generator().manual_seed(_mix(settings.seed, ORDER, epoch))
-        order = torch.randperm(len(self.y), generator=generator)
+        seeds = [_mix(settings.seed + member, ORDER, epoch) for member in range(self.num_members)]
+        orders = [torch.randperm(len(self.y), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        order = torch.stack(orders)
         world, share = fabric.world_size, fabric.world_size / self.batch_size
         index = order.to(self.x.device)
         there = self.x.device == fabric.device
         for start in range(0, self.num_batches() * self.batch_size, self.batch_size):
             rows = slice(start + fabric.global_rank, start + self.batch_size, world)
-            x, y = self.x.index_select(0, index[rows]), self.y.index_select(0, index[rows])
+            chosen = index[:, rows].flatten()
+            x, y = self.x.index_select(0, chosen), self.y.index_select(0, chosen)
             if not there:
                 x, y = fabric.to_device(x), fabric.to_device(y)
-            yield _Batch(x, y, share, order[rows])
+            yield _Batch(x, y, share, order[:, rows].flatten())
 
     def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
         mine = range(fabric.global_rank, len(self.y), fabric.world_size)
@@ -808,11 +875,12 @@ class TrainingStep(nn.Module):
     Args:
         model: The model.
         objective: Called as ``objective(f, q, z, generator=...)``; returns an `energyreg.objectives.Loss`.
+        num_members: Members S whose rows a batch holds, one member after the other.
     """
 
-    def __init__(self, model: EnergyRegressionModel, objective: Any) -> None:
+    def __init__(self, model: EnergyRegressionModel, objective: Any, num_members: int = 1) -> None:
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.num_members = model, objective, num_members
 
     def forward(self, batch: _Batch, generator: torch.Generator) -> Tensor:
         """The weighted sum of the losses; it, the losses themselves and the diagnostics are left in the batch, too."""
@@ -829,8 +897,11 @@ class TrainingStep(nn.Module):
             )
         batch.per_example = per_example.detach()
         batch.diagnostics = {name: value.detach() for name, value in diagnostics.items()}
+        # The members share no parameter: the gradient of this sum is that of each member's loss by itself.
         loss = per_example.sum() * batch.share
-        batch.loss = loss.detach()
+        one = self.num_members == 1
+        batch.loss = loss.detach()[None] if one else batch.per_example.unflatten(0, (self.num_members, -1)).sum(1)
+        batch.loss = batch.loss if one else batch.loss * batch.share
         return loss
 
 
@@ -866,9 +937,17 @@ class _Job:
     started: float
     process: int
     scratch: Path
+    training: Callable[[Fabric, _Job], _Training]
+    num_members: int
 
 
 class _Training:
+    """The training of a model, or of the members of an ensemble that a model stands for: all bookkeeping is by member.
+
+    What is particular to an ensemble is in the methods that its own kind of training overrides: `_is_matrix`, `_clip`,
+    `_models`, `_keep` and `_summary`.
+    """
+
     def __init__(self, fabric: Fabric, job: _Job) -> None:
         self.fabric, self.job, self.settings, self.model = fabric, job, job.settings, job.model
         dtype = torch.float64 if job.settings.precision == "64-true" else next(job.model.parameters()).dtype
@@ -882,13 +961,14 @@ class _Training:
         self.scaled = job.settings.precision == "16-mixed" and fabric.device.type != "cpu"
         optimizer = self._make_optimizer()
         self.scheduler = self._make_scheduler(optimizer)
-        self.module, self.optimizer = fabric.setup(TrainingStep(job.model, job.objective), optimizer)
+        step = TrainingStep(job.model, job.objective, job.num_members)
+        self.module, self.optimizer = fabric.setup(step, optimizer)
         self.raw_optimizer = optimizer
         self.generator = torch.Generator(fabric.device)
-        self.history = History()
+        self.histories = [History() for _ in range(job.num_members)]
         self.epoch = 0
         self.kept = self._copy_weights()  # the best weights so far; without validation the last
-        self.first_loss: float | None = None
+        self.first_losses: list[float | None] = [None] * job.num_members
         self.finished = False
         self.earlier_seconds = 0.0
         self.warned = False
@@ -908,11 +988,16 @@ class _Training:
                 f"then takes its share. Seed whatever makes the data.{here}"
             )
 
+    @staticmethod
+    def _is_matrix(parameter: Tensor) -> bool:
+        """Whether a parameter gets weight decay."""
+        return parameter.ndim >= 2
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if self._is_matrix(p)], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if not self._is_matrix(p)], "weight_decay": 0.0},
         ]
         # The fused kernel is five times as fast for small networks, but cannot be combined with a loss scale and
         # clipping.
@@ -934,7 +1019,7 @@ class _Training:
             return schedulers.CosineAnnealingLR(optimizer, total)
         return schedulers.ConstantLR(optimizer, factor=1.0, total_iters=0)
 
-    def run(self) -> History:
+    def run(self) -> list[History]:
         if self.job.resume and self.job.folder is not None:
             self._resume(self.job.folder / LAST)
         try:
@@ -946,23 +1031,27 @@ class _Training:
             self.progress.stop()
             self.model.zero_grad()
             self.model.eval()
-        return self.history
+        return self.histories
 
     def _loop(self) -> None:
         self.progress.start(self.epoch)
-        while self.epoch < self.settings.epochs and not self.history.stopped_early:
+        while self.epoch < self.settings.epochs and not self.histories[0].stopped_early:
             started = time.perf_counter()
             _seed_global(_mix(self.settings.seed, DROPOUT, self.epoch, self.fabric.global_rank), self.fabric.device)
             self.model.train()
-            sums = _Sums()
+            sums = _Sums(self.job.num_members)
             for number, batch in enumerate(self.job.data.batches(self.epoch, self.settings, self.fabric)):
                 self._step(number, batch, sums)
             self._flush(sums)
             self._end_epoch(sums, started)
         self._restore()
         self.finished = True
-        self.history.total_seconds = self.earlier_seconds + time.perf_counter() - self.job.started
+        self._take_time()
         self._save()
+
+    def _take_time(self) -> None:
+        for history in self.histories:
+            history.total_seconds = self.earlier_seconds + time.perf_counter() - self.job.started
 
     def _step(self, number: int, batch: _Batch, sums: _Sums) -> None:
         step = self.epoch * self.steps + number
@@ -971,13 +1060,11 @@ class _Training:
         self.generator.manual_seed(_mix(self.settings.seed, NOISE, step))
         loss = self.module(batch, self.generator)
         if self.eager:
-            self._check_loss(float(batch.loss), number, batch)
+            self._check_losses(batch.loss.tolist(), number, batch)
         self.fabric.backward(loss)
-        limit = math.inf if self.settings.gradient_clip is None else self.settings.gradient_clip
-        norm = self.fabric.clip_gradients(self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False)
-        assert norm is not None
+        norm = self._clip(math.inf if self.settings.gradient_clip is None else self.settings.gradient_clip)
         if self.eager:
-            self._check_norm(norm.item(), number, batch)
+            self._check_norms(norm.tolist(), number, batch)
         self.optimizer.step()
         self.scheduler.step()
         if batch.rows is None and isinstance(batch.x, Tensor) and not self.eager:
@@ -987,32 +1074,42 @@ class _Training:
         if len(self.pending) >= WINDOW:
             self._flush(sums)
 
+    def _clip(self, limit: float) -> Tensor:
+        """Limit the norm of the gradient, and return what it was, one a member, shape (S,)."""
+        norm = self.fabric.clip_gradients(self.module, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        assert norm is not None
+        return norm[None]
+
     def _flush(self, sums: _Sums) -> None:
         """Look at the losses of the last steps: one wait for the device, one message between processes."""
         if not self.pending:
             return
         pending, self.pending = self.pending, []
         losses = torch.stack([batch.loss for _, batch, _ in pending]).double()
-        values = torch.stack([losses, torch.stack([norm for _, _, norm in pending]).double()], 1)
+        values = torch.stack([losses, torch.stack([norm for _, _, norm in pending]).double()], 1)  # (W, 2, S)
         if self.fabric.world_size > 1:
             values = self.fabric.all_reduce(values, reduce_op="mean")  # type: ignore[assignment]
         for (number, batch, _), (loss, norm) in zip(pending, values.tolist(), strict=True):
             if not self.eager:
-                self._check_loss(loss, number, batch)
-                self._check_norm(norm, number, batch)
-            sums.add_loss(loss)
+                self._check_losses(loss, number, batch)
+                self._check_norms(norm, number, batch)
+            sums.add_losses(loss)
         sums.add_diagnostics([batch for _, batch, _ in pending])
-        self.progress.step(self.epoch, pending[-1][0] + 1, sums.mean_loss())
+        means = sums.mean_losses()
+        self.progress.step(self.epoch, pending[-1][0] + 1, sum(means) / len(means))
+
+    def _models(self) -> Sequence[EnergyRegressionModel]:
+        """The members, for validation."""
+        return [self.model]
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _validate(self, model: EnergyRegressionModel) -> float:
         assert self.job.validation is not None
-        self.model.eval()
         # All processes must see a shuffling loader in the same order.
         _seed_global(_mix(self.settings.seed, EVALUATION, self.epoch), self.fabric.device)
         total = torch.zeros(2, dtype=torch.float64)
         for x, y in self.job.validation.pairs(self.fabric, max(self.settings.batch_size, 1024)):
-            log_prob = self.model(x).log_prob(y)
+            log_prob = model(x).log_prob(y)
             total += torch.stack(
                 [-log_prob.double().sum().cpu(), torch.tensor(float(log_prob.numel()), dtype=torch.float64)]
             )
@@ -1021,36 +1118,47 @@ class _Training:
         return float(total[0] / total[1])
 
     def _end_epoch(self, sums: _Sums, started: float) -> None:
-        history = self.history
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        nll = None if self.job.validation is None else self._validate()
-        if nll is not None and math.isnan(nll):
-            self._stop(
-                f"the validation NLL is nan after epoch {self.epoch + 1}",
-                "The model's density is not a number at some validation rows: check the head and the encoder there, in "
-                "evaluation mode. A lower learning rate (now "
-                f"{self.settings.learning_rate:g}) helps where the weights have grown out of bounds.",
-            )
-        history.train_loss.append(sums.mean_loss())
-        history.learning_rate.append(learning_rate)
-        for name, value in sums.mean_diagnostics(self.fabric).items():
-            history.diagnostics.setdefault(name, []).append(value)
+        nlls = None
+        if self.job.validation is not None:
+            self.model.eval()
+            nlls = [self._validate(model) for model in self._models()]
+            for member, nll in enumerate(nlls):
+                if math.isnan(nll):
+                    self._stop(
+                        f"the validation NLL{self._of(member)} is nan after epoch {self.epoch + 1}",
+                        "The model's density is not a number at some validation rows: check the head and the encoder "
+                        "there, in evaluation mode. A lower learning rate (now "
+                        f"{self.settings.learning_rate:g}) helps where the weights have grown out of bounds.",
+                    )
+        diagnostics = sums.mean_diagnostics(self.fabric)
         self.epoch += 1
-        if nll is None:
+        for member, (history, loss) in enumerate(zip(self.histories, sums.mean_losses(), strict=True)):
+            history.train_loss.append(loss)
+            history.learning_rate.append(learning_rate)
+            for name, values in diagnostics.items():
+                history.diagnostics.setdefault(name, []).append(values[member])
+            if nlls is not None:
+                history.validation_nll.append(nlls[member])
+                best = history.best_validation_nll
+                if best is None or nlls[member] < best:
+                    history.best_epoch = self.epoch
+                    self._keep(member)
+        if nlls is None:
             self.kept = self._copy_weights()
-        else:
-            history.validation_nll.append(nll)
-            best = history.best_validation_nll
-            if best is None or nll < best:
-                history.best_epoch = self.epoch
-                self.kept = self._copy_weights()
-            patience = self.settings.patience
-            if patience is not None and self.epoch - (history.best_epoch or 0) >= patience:
+        patience = self.settings.patience
+        if patience is not None and self.epoch - max(history.best_epoch or 0 for history in self.histories) >= patience:
+            for history in self.histories:
                 history.stopped_early = self.epoch < self.settings.epochs
-        history.seconds.append(time.perf_counter() - started)
-        history.total_seconds = self.earlier_seconds + time.perf_counter() - self.job.started
-        self.progress.epoch(self.epoch, history)
+        for history in self.histories:
+            history.seconds.append(time.perf_counter() - started)
+        self._take_time()
+        self.progress.epoch(self.epoch, self._summary())
         self._save()
+
+    def _summary(self) -> History:
+        """What the progress shows."""
+        return self.histories[0]
 
     # ------------------------------------------------------------------ weights
 
@@ -1060,58 +1168,81 @@ class _Training:
             for name, value in self.model.state_dict().items()
         }
 
+    def _keep(self, member: int) -> None:
+        """Keep the weights that a member has now as its best."""
+        self.kept = self._copy_weights()
+
     def _restore(self) -> None:
         self.model.load_state_dict(self.kept)
 
+    def _kept_epoch(self) -> str:
+        """Which weights are kept, in words."""
+        if self.job.num_members > 1 and self.histories[0].best_epoch is not None:
+            return f"of their best epochs up to {self.epoch}"
+        return f"of epoch {self.histories[0].best_epoch or self.epoch}"
+
     def _interrupt(self) -> None:
-        history = self.history
-        history.interrupted = True
-        history.total_seconds = self.earlier_seconds + time.perf_counter() - self.job.started
+        for history in self.histories:
+            history.interrupted = True
+        self._take_time()
         if self.epoch > 0:
             self._restore()
         which = (
-            f"the weights of epoch {history.best_epoch or self.epoch}"
+            f"the weights {self._kept_epoch()}"
             if self.epoch > 0
             else "the weights of the moment, as no epoch was complete"
         )
-        resume = "" if self.job.folder is None or self.epoch == 0 else " Call fit(..., resume=True) to continue."
+        function = "fit" if self.job.num_members == 1 else "fit_ensemble"
+        resume = (
+            "" if self.job.folder is None or self.epoch == 0 else f" Call {function}(..., resume=True) to continue."
+        )
         if self.fabric.is_global_zero:
             self.progress.stop()
             warnings.warn(
-                f"Training was interrupted in epoch {self.epoch + 1} of {self.settings.epochs}; the model has "
+                f"Training was interrupted in epoch {self.epoch + 1} of {self.settings.epochs}; "
+                f"{'the model has' if self.job.num_members == 1 else 'the members have'} "
                 f"{which}.{resume}",
                 stacklevel=2,
             )
 
     # ------------------------------------------------------------------ failures
 
-    def _check_loss(self, loss: float, number: int, batch: _Batch) -> None:
-        if self.first_loss is None and math.isfinite(loss):
-            self.first_loss = loss
-        if math.isfinite(loss) and loss < EXPLOSION + abs(self.first_loss or 0.0):
-            return
-        where = f"in epoch {self.epoch + 1}, batch {number + 1} of {self.steps}"
-        if math.isfinite(loss):
-            self._stop(
-                f"the loss exploded to {loss:.3g} nats {where}",
-                f"The learning rate is too high (now {self.settings.learning_rate:g}; try a third of it), or gradients "
-                f"are not limited enough (gradient_clip is {self.settings.gradient_clip}).",
-                batch,
-            )
-        self._stop(f"the loss is {loss} {where}", self._cause(batch), batch)
+    def _of(self, member: int) -> str:
+        """Names the member in a message, where there are several."""
+        return "" if self.job.num_members == 1 else f" of member {member} (seed {self.settings.seed + member})"
 
-    def _check_norm(self, norm: float, number: int, batch: _Batch) -> None:
-        # With a loss scale, infinite gradients are its way to find the scale; that step is skipped.
-        if math.isfinite(norm) or self.scaled:
-            return
-        self._stop(
-            f"the norm of the gradient is {norm} in epoch {self.epoch + 1}, batch {number + 1} of {self.steps}, though "
-            "the loss is finite",
-            "A backward pass overflowed or divided by zero: look for sqrt, log, norm or a division at 0 in your "
-            "encoder or head. torch.autograd.set_detect_anomaly(True) names the operation; precision='64-true' tells "
-            "overflow from the rest.",
-            batch,
-        )
+    def _check_losses(self, losses: list[float], number: int, batch: _Batch) -> None:
+        for member, loss in enumerate(losses):
+            first = self.first_losses[member]
+            if first is None and math.isfinite(loss):
+                first = self.first_losses[member] = loss
+            # False for NaN, and for infinity either way.
+            if -math.inf < loss < EXPLOSION + abs(first or 0.0):
+                continue
+            where = f"in epoch {self.epoch + 1}, batch {number + 1} of {self.steps}"
+            part, of = batch.part(member, self.job.num_members), self._of(member)
+            if math.isfinite(loss):
+                self._stop(
+                    f"the loss{of} exploded to {loss:.3g} nats {where}",
+                    f"The learning rate is too high (now {self.settings.learning_rate:g}; try a third of it), or "
+                    f"gradients are not limited enough (gradient_clip is {self.settings.gradient_clip}).",
+                    part,
+                )
+            self._stop(f"the loss{of} is {loss} {where}", self._cause(part), part)
+
+    def _check_norms(self, norms: list[float], number: int, batch: _Batch) -> None:
+        for member, norm in enumerate(norms):
+            # With a loss scale, infinite gradients are its way to find the scale; that step is skipped.
+            if math.isfinite(norm) or self.scaled:
+                continue
+            self._stop(
+                f"the norm of the gradient{self._of(member)} is {norm} in epoch {self.epoch + 1}, batch {number + 1} "
+                f"of {self.steps}, though the loss is finite",
+                "A backward pass overflowed or divided by zero: look for sqrt, log, norm or a division at 0 in your "
+                "encoder or head. torch.autograd.set_detect_anomaly(True) names the operation; precision='64-true' "
+                "tells overflow from the rest.",
+                batch.part(member, self.job.num_members),
+            )
 
     def _cause(self, batch: _Batch) -> str:
         y, finite = batch.y, batch.finite
@@ -1140,9 +1271,10 @@ class _Training:
     def _stop(self, what: str, cause: str, batch: _Batch | None = None) -> None:
         details = "" if batch is None else self._details(batch)
         self._restore()
-        kept = self.history.best_epoch or self.epoch
-        state = f"its weights of epoch {kept}" if self.epoch else "its initial weights, as no epoch was complete"
-        raise TrainingError(f"Training stopped: {what}. {details}Likely cause: {cause} The model has {state}.")
+        one = self.job.num_members == 1
+        whose, model = ("its", "The model has") if one else ("their", "The members have")
+        state = f"weights {self._kept_epoch()}" if self.epoch else "initial weights, as no epoch was complete"
+        raise TrainingError(f"Training stopped: {what}. {details}Likely cause: {cause} {model} {whose} {state}.")
 
     def _details(self, batch: _Batch) -> str:
         """Which rows, and which quantities of them."""
@@ -1173,6 +1305,7 @@ class _Training:
             **dataclasses.asdict(self.settings),
             "objective": repr(objective) if dataclasses.is_dataclass(objective) else type(objective).__qualname__,
             "number of processes": self.fabric.world_size,
+            "number of members": self.job.num_members,
             "validation data": None if self.job.validation is None else self.job.validation.describe(),
             "training data": self.job.data.describe(),
         }
@@ -1182,7 +1315,7 @@ class _Training:
             return
         optimizer = self.raw_optimizer.state_dict()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.history.best_epoch is not None and not self.finished:
+        if self.histories[0].best_epoch is not None and not self.finished:
             tensors |= {f"best.{name}": value for name, value in self.kept.items()}
         plain: dict[str, dict[str, Any]] = {}
         for index, entries in optimizer["state"].items():
@@ -1195,8 +1328,8 @@ class _Training:
             "conditions": self._conditions(),
             "epoch": self.epoch,
             "finished": self.finished,
-            "first_loss": self.first_loss,
-            "history": self.history.to_dict(),
+            "first_losses": self.first_losses,
+            "histories": [history.to_dict() for history in self.histories],
             "optimizer": plain,
             "groups": optimizer["param_groups"],
             "scheduler": self.scheduler.state_dict(),
@@ -1228,9 +1361,9 @@ class _Training:
                 "and data, or another checkpoint_dir, or resume=False to start afresh."
             )
         self.model.load_state_dict(weights)
-        self.epoch, self.finished, self.first_loss = state["epoch"], state["finished"], state["first_loss"]
-        self.history = History(**state["history"])
-        self.earlier_seconds = self.history.total_seconds
+        self.epoch, self.finished, self.first_losses = state["epoch"], state["finished"], state["first_losses"]
+        self.histories = [History(**history) for history in state["histories"]]
+        self.earlier_seconds = self.histories[0].total_seconds
         best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
         self.kept = {name: self.fabric.to_device(value) for name, value in best.items()} or self._copy_weights()
         entries: dict[int, dict[str, Any]] = {int(index): dict(value) for index, value in state["optimizer"].items()}
@@ -1263,30 +1396,31 @@ def _brief(value: Any) -> str:
 
 
 class _Sums:
-    """Means over an epoch."""
+    """Means over an epoch, one a member."""
 
-    def __init__(self) -> None:
-        self.loss, self.steps = 0.0, 0
+    def __init__(self, num_members: int) -> None:
+        self.losses, self.steps = [0.0] * num_members, 0
         self.diagnostics: dict[str, tuple[Tensor, int]] = {}
 
-    def add_loss(self, loss: float) -> None:
-        self.loss += loss
+    def add_losses(self, losses: list[float]) -> None:
+        self.losses = [total + loss for total, loss in zip(self.losses, losses, strict=True)]
         self.steps += 1
 
     def add_diagnostics(self, batches: list[_Batch]) -> None:
+        members = len(self.losses)
         for name in batches[0].diagnostics:
-            values = torch.cat([batch.diagnostics[name].reshape(-1) for batch in batches]).double()
+            values = torch.cat([batch.diagnostics[name].reshape(members, -1) for batch in batches], 1).double()
             total, count = self.diagnostics.get(name, (0.0, 0))
-            self.diagnostics[name] = (values.sum() + total, count + values.numel())
+            self.diagnostics[name] = (values.sum(1) + total, count + values.shape[1])
 
-    def mean_loss(self) -> float:
-        return self.loss / self.steps if self.steps else math.nan
+    def mean_losses(self) -> list[float]:
+        return [loss / self.steps if self.steps else math.nan for loss in self.losses]
 
-    def mean_diagnostics(self, fabric: Fabric) -> dict[str, float]:
+    def mean_diagnostics(self, fabric: Fabric) -> dict[str, list[float]]:
         if not self.diagnostics:
             return {}
         sums = torch.stack(
-            [torch.stack([total, total.new_tensor(count)]) for total, count in self.diagnostics.values()]
+            [torch.stack([total, torch.full_like(total, count)]) for total, count in self.diagnostics.values()]
         )
         if fabric.world_size > 1:
             sums = fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]

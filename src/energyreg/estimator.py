@@ -1,0 +1,1064 @@
+"""`EnergyRegressor`: conditional densities of a table's target, with the manners of scikit-learn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import numbers
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from energyreg import checkpoint
+from energyreg.calibration import Calibration, ConformalIntervals, ConformalRegions
+from energyreg.ensemble import EnergyEnsemble
+from energyreg.ensemble_training import fit_ensemble
+from energyreg.integrators import ImportanceSampling
+from energyreg.model import EnergyRegressionModel
+from energyreg.predictive import HighestDensityRegion, PredictiveDistribution
+from energyreg.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
+from energyreg.tables import Column, TablePreprocessor, column_names, read_columns
+from energyreg.training import History, fit
+
+try:
+    from sklearn.base import BaseEstimator, RegressorMixin
+except ImportError as error:
+    raise ImportError(
+        "EnergyRegressor needs scikit-learn, which is not installed. Install it with: pip install 'energyreg[tables]'"
+    ) from error
+
+__all__ = ["EnergyRegressor"]
+
+LOGGER = logging.getLogger("energyreg")
+
+STEPS = 1_000
+"""Training steps that are worth taking, however few the rows."""
+EPOCHS = (20, 60)
+"""Fewest and most passes over the rows by default."""
+FEWEST_TO_SPLIT = 40
+"""Rows below which none are held out by default: they are worth more in the training."""
+BUDGET_SHARE = 0.8
+"""Share of a time budget that is planned for; a machine does not run evenly."""
+PREDICTION_ROWS = 16_384
+"""Rows of a table that are predicted at once, by default."""
+KINDS_OF_PREDICTION = ("mean", "median", "mode")
+BASES = ("auto", "marginal", "proposal")
+SAMPLES = 1024
+"""Points per row of a density of several outputs that has a proposal."""
+LATTICE_NODES = 16
+"""Points of the rule that integrates the density over a cell of the lattice."""
+
+
+class EnergyRegressor(RegressorMixin, BaseEstimator):
+    r"""Regression that predicts the whole density p(y|x), for tables of any kind.
+
+    Numbers, categories, dates and missing values of X are handled inside, learned on the training rows only (see
+    :class:`~energyreg.tables.TablePreprocessor`). The model is that of
+    :meth:`~energyreg.model.EnergyRegressionModel.for_table`, an ensemble of them by default, with the epoch of the
+    best validation likelihood and calibrated on the same rows.
+
+    Args:
+        target: Where y lives: "real", "positive", ("interval", low, high), ("circle", low, high) for a quantity that
+            starts anew at `high`, "count" for whole numbers ≥ 0, or a target space of :mod:`energyreg.spaces`. A list
+            of these for several outputs, one each.
+        n_members: Models of the ensemble. "auto": 5 below 5,000 rows, 3 below 50,000, else 2.
+        epochs: Passes over the training rows. "auto": as many as make 1,000 steps, from 20 to 60.
+        batch_size: Rows per step; see :func:`energyreg.fit`.
+        learning_rate: Peak learning rate.
+        width: Width of the encoder.
+        depth: Its hidden layers.
+        dropout: Dropout probability after each of them; None for 0.2, or none with a single feature.
+        base: Base measure: "marginal", the smooth marginal of y; "proposal", a mixture density network that the
+            energy departs from; "auto": "proposal" below 10,000 rows. More than two outputs always have a proposal.
+        num_components: Gaussians of the mixture density network, where there is one.
+        validation_fraction: Share of the rows held out, by which the epoch and the calibration are chosen; None or 0
+            for none. Ignored with an `eval_set`, and below 40 rows.
+        time_budget: Seconds that `fit` may take, about: a few steps are timed, and epochs and members chosen to fit;
+            `verbose` and the log say which. Results then depend on the machine.
+        calibrate: Whether temperature and defensive share are chosen on the validation rows, for one output.
+        conformal: Whether `validation_fraction` of the rows more are held out, by which intervals and highest-density
+            regions get exact finite-sample coverage; for one output.
+        max_levels: Categories of a column with a code of their own.
+        min_count: Training rows that a category needs for that.
+        random_state: Seed of everything: int, RandomState or None.
+        n_jobs: Threads of torch during fit and predictions; None leaves them as they are.
+        device: "cpu", "cuda", "auto", or None for the CPU, which is fast enough for most tables.
+        verbose: Whether a progress bar and the choices are shown.
+
+    Attributes:
+        model_: The ensemble, an :class:`~energyreg.ensemble.EnergyEnsemble`; a model where there is one member. It is
+            in double precision for one output, so that predictions do not depend on the rows predicted together.
+        preprocessor_: What was learned about X.
+        space_: Target space.
+        calibration_: Temperature and defensive share.
+        history_: History of the first member's training; all in `histories_`.
+        lattice_step_: Distance of the values of y where they are counts or rounded, else None.
+        n_features_in_: Columns of X.
+        feature_names_in_: Their names, where X had some.
+        n_outputs_: Columns of y.
+        n_iter_: Epochs of the training.
+        n_members_: Members of the ensemble.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+
+    Counts and rounded values (whose density would spike at each value) are made continuous for the training, by noise
+    that is uniform over the rounding: "count" always, "real", "positive" and "interval" where y has ties and all values
+    are multiples of one step. `score_samples` and `predict_probabilities` undo it.
+
+    Weights (`sample_weight`) enter by systematic resampling of the training rows: a row with weight w is drawn
+    floor(w) or ceil(w) times, w relative to the mean weight. So weights much smaller than the mean drop rows by
+    chance. Equal weights change nothing; the calibration weights the validation rows.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(200, 2))
+    >>> y = X[:, 0] + 0.3 * rng.normal(size=200)
+    >>> regressor = EnergyRegressor(n_members=1, epochs=5, width=16, random_state=0).fit(X, y)
+    >>> regressor.predict(X[:3]).shape, regressor.predict_interval(X[:3]).shape, regressor.score_samples(X, y).shape
+    ((3,), (3, 2), (200,))
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Any = "real",
+        n_members: Any = "auto",
+        epochs: Any = "auto",
+        batch_size: int | None = None,
+        learning_rate: float = 3e-3,
+        width: int = 128,
+        depth: int = 2,
+        dropout: float | None = None,
+        base: str = "auto",
+        num_components: int = 8,
+        validation_fraction: float | None = 0.1,
+        time_budget: float | None = None,
+        calibrate: bool = True,
+        conformal: bool = False,
+        max_levels: int = 256,
+        min_count: int = 4,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        device: str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.target = target
+        self.n_members = n_members
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.width = width
+        self.depth = depth
+        self.dropout = dropout
+        self.base = base
+        self.num_components = num_components
+        self.validation_fraction = validation_fraction
+        self.time_budget = time_budget
+        self.calibrate = calibrate
+        self.conformal = conformal
+        self.max_levels = max_levels
+        self.min_count = min_count
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.device = device
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.sparse = False
+        tags.target_tags.multi_output = True
+        return tags
+
+    # Fit -------------------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, eval_set: Any = None) -> EnergyRegressor:
+        """Learn p(y|x).
+
+        Args:
+            X: Table of N rows: an array, a pandas or polars frame, or an Arrow table.
+            y: Targets, shape (N,), or (N, D) for several outputs.
+            sample_weight: Weights of the rows, shape (N,); see the class.
+            eval_set: Pair (X, y) to choose the epoch and the calibration by, instead of a part of the rows.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: If the data or a parameter cannot be used; the message says which, why, and what to do.
+            TypeError: If X is sparse, or holds something that is no number, text, boolean or date.
+            TrainingError: If the training diverges.
+        """
+        started = time.perf_counter()
+        self._check_parameters()
+        names, columns, rows = read_columns(X, "X")
+        targets = _targets(y, "y", rows)
+        weights = _weights(sample_weight, rows)
+        if rows < 2:
+            raise ValueError("X has n_samples = 1 row; expected at least 2 to learn from, and better 100. Pass more.")
+        self._set_features(X, names, len(columns))
+        self.n_outputs_ = targets.shape[1]
+        space = self._space(targets)
+        self._check_in_space(space, targets, "y")
+        evaluation = None if eval_set is None else self._evaluation(eval_set, space)
+        seed = self._seed()
+        rng = np.random.default_rng(seed)
+        train, held_out, conformal = self._split(rows, evaluation is not None, weights, rng)
+        self.lattice_step_ = self._lattice(targets)
+        self._steps = self._steps_of(targets)
+
+        self.preprocessor_ = TablePreprocessor(self.max_levels, self.min_count)
+        self.preprocessor_.fit_columns(names, [_take(column, train) for column in columns])
+        for note in self.preprocessor_.notes_:
+            self._say(note[:1].upper() + note[1:])
+        x = self.preprocessor_.transform_columns(names, columns, rows)
+        z = self._continuous(targets, rng)
+        drawn = _resampled(train, weights, rng)
+        validation: tuple[np.ndarray, np.ndarray] | None = None
+        validation_weights = None
+        if evaluation is not None:
+            self._check_features(evaluation[0], "X of eval_set")
+            x_val = self.preprocessor_.transform(evaluation[0], "X of eval_set")
+            validation = x_val, self._continuous(evaluation[1], rng)
+        elif len(held_out):
+            validation, validation_weights = (x[held_out], z[held_out]), weights[held_out]
+        with self._threads():
+            self._train(x[drawn], z[drawn], validation, space, seed, started)
+            self._calibrate(validation, validation_weights)
+        self._conformal_rows(x[conformal], targets[conformal])
+        return self
+
+    def _check_parameters(self) -> None:
+        for name in ("epochs", "n_members"):
+            if getattr(self, name) != "auto":
+                _check_whole(name, getattr(self, name), ' or "auto"')
+        if self.batch_size is not None:
+            _check_whole("batch_size", self.batch_size, " or None")
+        for name in ("width", "depth", "num_components", "max_levels", "min_count"):
+            _check_whole(name, getattr(self, name))
+        if self.n_jobs is not None and (not _is_whole(self.n_jobs) or self.n_jobs == 0):
+            raise ValueError(f"n_jobs is {self.n_jobs!r}; expected a whole number, -1 for all cores, or None.")
+        for name, least, below, none in (
+            ("learning_rate", 0.0, math.inf, False), ("dropout", -1.0, 1.0, True), ("time_budget", 0.0, math.inf, True),
+            ("validation_fraction", -1.0, 1.0, True),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and none:
+                continue
+            fine = _is_number(value) and least < value < below
+            if not fine or (least < 0 and value < 0):
+                span = "> 0" if least == 0 else "from 0 to below 1"
+                raise ValueError(f"{name} is {value!r}; expected a number {span}{' or None' if none else ''}.")
+        if self.base not in BASES:
+            raise ValueError(f"base is {self.base!r}; expected one of {', '.join(map(repr, BASES))}.")
+        if self.device not in (None, "auto") and not isinstance(self.device, (str, torch.device)):
+            raise ValueError(f"device is {self.device!r}; expected 'cpu', 'cuda', 'auto' or None.")
+        for name in ("calibrate", "conformal"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False.")
+
+    def _seed(self) -> int:
+        from sklearn.utils import check_random_state
+
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _say(self, text: str) -> None:
+        LOGGER.info(text)
+        if self.verbose:
+            print(text)
+
+    def _set_features(self, X: Any, names: list[str] | None, count: int) -> None:
+        self.n_features_in_ = count
+        given = column_names(X)
+        if names is not None and given is not None and all(isinstance(name, str) for name in given):
+            self.feature_names_in_ = np.asarray(names, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_
+
+    def _space(self, targets: np.ndarray) -> TargetSpace:
+        count = targets.shape[1]
+        if isinstance(self.target, TargetSpace):
+            if self.target.dim != count:
+                raise ValueError(
+                    f"y has {count} column(s), but target is a space of {self.target.dim} dimension(s): "
+                    f"{self.target!r}."
+                )
+            space = copy.deepcopy(self.target)
+            for module in space.modules():
+                if isinstance(getattr(module, "_buffers", {}).get("fitted"), Tensor):
+                    module._buffers["fitted"] = torch.tensor(False)
+            return space
+        if not isinstance(self.target, list):
+            return _one_space(self.target, count)
+        if len(self.target) != count:
+            raise ValueError(f"target has {len(self.target)} entries, but y has {count} column(s); pass one for each.")
+        spaces = [_one_space(entry, 1) for entry in self.target]
+        return spaces[0] if count == 1 else Product(*spaces)
+
+    def _check_in_space(self, space: TargetSpace, targets: np.ndarray, name: str) -> None:
+        if "count" in self._targets_of(targets.shape[1]):
+            for column, kind in enumerate(self._targets_of(targets.shape[1])):
+                values = targets[:, column]
+                bad = (values < 0) | (values != np.floor(values))
+                if kind == "count" and bad.any():
+                    row = int(bad.argmax())
+                    raise ValueError(
+                        f"{name} has {values[row]:.9g} in row {row}, column {column}, and {int(bad.sum()) - 1} more "
+                        "values that are no counts; expected whole numbers ≥ 0. Choose another target, or drop rows."
+                    )
+        space.check(torch.as_tensor(targets), name)
+        if name == "y":
+            constant = np.flatnonzero((targets == targets[0]).all(0))
+            if len(constant):
+                raise ValueError(
+                    f"y has the same value in every row of column {constant[0]}: {targets[0, constant[0]]:.9g}; "
+                    "expected targets that vary. Check how it was made, or drop the column."
+                )
+
+    def _targets_of(self, count: int) -> list[Any]:
+        """The kind of each output; None where a target space says it."""
+        if isinstance(self.target, TargetSpace):
+            return [None] * count
+        return list(self.target) if isinstance(self.target, list) else [self.target] * count
+
+    def _evaluation(self, eval_set: Any, space: TargetSpace) -> tuple[Any, np.ndarray]:
+        if not isinstance(eval_set, (tuple, list)) or len(eval_set) not in (1, 2):
+            raise ValueError(f"eval_set is a {type(eval_set).__name__}; expected a pair (X, y).")
+        pair = eval_set[0] if len(eval_set) == 1 else eval_set  # a list of one pair, as boosting libraries take it
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError("eval_set has an entry that is no pair (X, y).")
+        _, _, rows = read_columns(pair[0], "X of eval_set")
+        targets = _targets(pair[1], "y of eval_set", rows)
+        if targets.shape[1] != space.dim:
+            raise ValueError(f"y of eval_set has {targets.shape[1]} column(s), but y has {space.dim}.")
+        self._check_in_space(space, targets, "y of eval_set")
+        return pair[0], targets
+
+    def _split(
+        self, rows: int, evaluated: bool, weights: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows to train on, to validate on, and for conformal scores."""
+        known = np.flatnonzero(weights > 0)
+        order = known[rng.permutation(len(known))]
+        fraction = self.validation_fraction or 0.0
+        share = 0.1 if fraction == 0 else fraction
+        held_out = (
+            0 if evaluated or fraction == 0 or len(order) < FEWEST_TO_SPLIT else max(round(fraction * len(order)), 1)
+        )
+        conformal = max(round(share * len(order)), 1) if self.conformal else 0
+        if len(order) - held_out - conformal < 2:
+            raise ValueError(
+                f"X has {len(order)} rows with a weight above 0, of which {held_out} are held out for validation and "
+                f"{conformal} for conformal scores; expected at least 2 to train on. Lower validation_fraction."
+            )
+        parts = np.split(order, [held_out, held_out + conformal])
+        return np.sort(parts[2]), np.sort(parts[0]), np.sort(parts[1])
+
+    # Counts and rounded values ---------------------------------------------------------------------------------------
+
+    def _lattice(self, targets: np.ndarray) -> float | None:
+        """Step of the lattice on which the values of the only output lie; None where they are no such."""
+        if targets.shape[1] > 1 or isinstance(self.target, TargetSpace):
+            return None
+        target = self._targets_of(1)[0]
+        if target == "count":
+            return 1.0
+        return None if target[0] == "circle" else _step(targets[:, 0])
+
+    def _steps_of(self, targets: np.ndarray) -> list[float]:
+        """Step of the lattice of each of several outputs that are real numbers or counts; 0 for none."""
+        kinds = self._targets_of(targets.shape[1])
+        found = [_step(targets[:, i]) if kind == "real" else None for i, kind in enumerate(kinds)]
+        return [1.0 if kind == "count" else step or 0.0 for kind, step in zip(kinds, found, strict=True)]
+
+    def _cell(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the cells of values of the lattice, within the target space."""
+        assert self.lattice_step_ is not None
+        low, high = values - self.lattice_step_ / 2, values + self.lattice_step_ / 2
+        target = self._targets_of(1)[0]
+        if target == "positive":
+            low = np.maximum(low, values / 2)
+        elif isinstance(target, tuple):
+            low, high = np.maximum(low, target[1]), np.minimum(high, target[2])
+        return low, high
+
+    def _continuous(self, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Targets with noise uniform over their cells, where they lie on a lattice; of several outputs, over steps."""
+        if targets.shape[1] > 1:
+            return targets + rng.uniform(-0.5, 0.5, targets.shape) * np.array(self._steps)
+        if self.lattice_step_ is None:
+            return targets
+        low, high = self._cell(targets)
+        return rng.uniform(low, high)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def _train(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        validation: tuple[np.ndarray, np.ndarray] | None,
+        space: TargetSpace,
+        seed: int,
+        started: float,
+    ) -> None:
+        rows = len(y)
+
+        def build() -> EnergyRegressionModel:
+            few = {"auto": rows, "marginal": None, "proposal": 0}[self.base]
+            model = EnergyRegressionModel.for_table(
+                x.shape[1], copy.deepcopy(space), width=self.width, depth=self.depth, dropout=self.dropout,
+                num_components=self.num_components, num_rows=few, cardinalities=self.preprocessor_.cardinalities_,
+            )  # fmt: skip
+            return model.to(self._device())
+
+        batch_size = self.batch_size or _batch_size(rows)
+        steps = max(rows // min(batch_size, rows), 1)
+        auto = 5 if rows < 5_000 else 3 if rows < 50_000 else 2
+        members = auto if self.n_members == "auto" else int(self.n_members)
+        epochs = min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1]) if self.epochs == "auto" else int(self.epochs)
+        settings: dict[str, Any] = {
+            "batch_size": batch_size, "learning_rate": self.learning_rate, "validation": validation, "seed": seed,
+        }  # fmt: skip
+        data = torch.as_tensor(x), torch.as_tensor(y)
+        if self.time_budget is not None:
+            epochs, members = self._plan_time(build, data, settings, epochs, members, steps, started)
+        self._say(
+            f"Training {members} member{'s' * (members > 1)} for {epochs} epochs of {steps} steps on {rows} rows, "
+            f"{0 if validation is None else len(validation[1])} held out."
+        )
+        settings["progress"] = bool(self.verbose)
+        self.model_, self.histories_ = _fit(build, data, members, epochs, settings)
+        self._set_precision()
+        self.space_ = self.model_.space
+        self.history_ = self.histories_[0]
+        self.n_members_, self.n_iter_ = members, max(len(history.train_loss) for history in self.histories_)
+
+    def _set_precision(self) -> None:
+        """Double for one output, where the points are few; for several the time for it is better spent on points."""
+        if self.n_outputs_ == 1:
+            self.model_.double()
+
+    def _plan_time(
+        self,
+        build: Any,
+        data: tuple[Tensor, Tensor],
+        settings: dict[str, Any],
+        epochs: int,
+        members: int,
+        steps: int,
+        started: float,
+    ) -> tuple[int, int]:
+        """Epochs and members that fit the time budget, by the time that some steps take."""
+        x, y = data
+        size = min(settings["batch_size"], len(y))
+        seconds = {}
+        for count in (2, min(2 + max(steps, 2), 12)):  # the first run pays for what is done once, too
+            chosen = torch.arange(count * size) % len(y)
+            before = time.perf_counter()
+            history = _fit(build, (x[chosen], y[chosen]), members, 1, {**settings, "progress": False})[1][0]
+            seconds[count] = history.seconds[0] if history.seconds else time.perf_counter() - before
+        (few, short), (many, long) = sorted(seconds.items())
+        step = max((long - short) / (many - few), long / many / 4)
+        epoch = step * steps + max(long - step * many, 0.0)
+        left = (self.time_budget or 0.0) * BUDGET_SHARE - (time.perf_counter() - started)
+        wanted = members
+        while members > 1 and left / (epoch * members / wanted) < epochs / 2:
+            members -= 1
+        possible = int(left / (epoch * members / wanted))
+        chosen_epochs = min(epochs, max(possible, 1))
+        self._say(
+            f"An epoch of {wanted} members takes about {epoch:.2g} s, {left:.3g} s are left: {chosen_epochs} epochs "
+            f"of {members} instead of {epochs} of {wanted}, about {chosen_epochs * epoch * members / wanted:.3g} s."
+        )
+        if possible < 1:
+            warnings.warn(
+                f"time_budget is {self.time_budget} s, but an epoch takes about {epoch * members / wanted:.2g} s; "
+                "one is trained. Pass a longer budget or fewer rows.",
+                stacklevel=4,
+            )
+        return chosen_epochs, members
+
+    def _device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu" if self.device is None else self.device)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        if self.n_jobs is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(self.n_jobs if self.n_jobs > 0 else max(cores + 1 + self.n_jobs, 1))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _calibrate(self, validation: tuple[np.ndarray, np.ndarray] | None, weights: np.ndarray | None) -> None:
+        self.calibration_ = Calibration()
+        if not self.calibrate or self.n_outputs_ > 1 or validation is None:
+            return
+        x, y = validation
+        self.calibration_ = Calibration.fit(self.model_(x), torch.as_tensor(y), weights)
+        t, share = self.calibration_.inverse_temperature, self.calibration_.base_share
+        self._say(f"Calibration on {len(y)} rows: energy times {t:.3g}, {share:.2g} of the base.")
+
+    def _conformal_rows(self, x: np.ndarray, y: np.ndarray) -> None:
+        for name in ("conformal_regions_", "conformal_intervals_"):
+            if hasattr(self, name):
+                delattr(self, name)
+        if not self.conformal:
+            return
+        if self.n_outputs_ > 1:
+            raise ValueError(
+                f"conformal is True, but y has {self.n_outputs_} columns; expected one. Use ConformalRegions."
+            )
+        self.conformal_regions_ = ConformalRegions(self._distribution, x, y)
+        if not self.space_.periodic[0]:
+            self.conformal_intervals_ = ConformalIntervals(self._distribution, x, y)
+
+    # Predictions -----------------------------------------------------------------------------------------------------
+
+    def _check_features(self, X: Any, name: str = "X") -> None:
+        """Names and number of columns, with the messages of scikit-learn."""
+        given = column_names(X)
+        known = getattr(self, "feature_names_in_", None)
+        named = given is not None and all(isinstance(column, str) for column in given)
+        count = len(given) if given is not None else None
+        if known is not None and named and given is not None:
+            if list(known) == given:
+                return
+            extra, missing = sorted(set(given) - set(known)), sorted(set(known) - set(given))
+            parts = ["The feature names should match those that were passed during fit.\n"]
+            for title, found in (("unseen at fit time", extra), ("seen at fit time, yet now missing", missing)):
+                if found:
+                    shown = "".join(f"- {column}\n" for column in found[:5]) + ("- ...\n" if len(found) > 5 else "")
+                    parts.append(f"Feature names {title}:\n{shown}")
+            if not extra and not missing:
+                parts.append("Feature names must be in the same order as they were in fit.\n")
+            raise ValueError("".join(parts))
+        if known is not None and not named:
+            warnings.warn(
+                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names",
+                stacklevel=4,
+            )
+        elif known is None and named:
+            warnings.warn(
+                f"X has feature names, but {type(self).__name__} was fitted without feature names", stacklevel=4
+            )
+        if count is not None and count != self.n_features_in_:
+            self._refuse_count(count, name)
+
+    def _refuse_count(self, count: int, name: str) -> None:
+        raise ValueError(
+            f"{name} has {count} features, but {type(self).__name__} is expecting {self.n_features_in_} features as "
+            "input. Pass the columns that were passed to fit."
+        )
+
+    def _inputs(self, X: Any) -> np.ndarray:
+        from sklearn.utils.validation import check_is_fitted
+
+        check_is_fitted(self)
+        names, columns, rows = read_columns(X, "X")
+        self._check_features(X)
+        if len(columns) != self.n_features_in_:
+            self._refuse_count(len(columns), "X")
+        return self.preprocessor_.transform_columns(names, columns, rows)
+
+    def _distribution(self, x: np.ndarray) -> PredictiveDistribution:
+        integrator = ImportanceSampling(SAMPLES) if self._needs_samples() else None
+        return self.calibration_(self.model_(x, integrator=integrator))
+
+    def _needs_samples(self) -> bool:
+        model = self.model_
+        integrator = model._integrator() if isinstance(model, EnergyEnsemble) else model.default_integrator()
+        return isinstance(integrator, ImportanceSampling)
+
+    def predict_distribution(self, X: Any) -> PredictiveDistribution:
+        """The predictive distribution p(y|x), in the units of y; for counts and rounded values the continuous one.
+
+        Args:
+            X: Table of B rows with the columns of the training.
+
+        Raises:
+            ValueError: If the columns are not those of the training, or hold values of another kind.
+            sklearn.exceptions.NotFittedError: If the estimator has not been fitted.
+        """
+        x = self._inputs(X)
+        with self._threads():
+            return self._distribution(x)
+
+    def _by_blocks(self, X: Any, function: Any) -> np.ndarray:
+        """Apply a function of a distribution to blocks of rows, and join what it returns along the first dimension."""
+        x = self._inputs(X)
+        with self._threads():
+            blocks = [x[start : start + PREDICTION_ROWS] for start in range(0, len(x), PREDICTION_ROWS)]
+            parts = [function(self._distribution(block)).double().cpu().numpy() for block in blocks]
+        return np.concatenate(parts)
+
+    def predict(self, X: Any, kind: str = "mean") -> np.ndarray:
+        """One number per row and output.
+
+        Args:
+            X: Table of B rows.
+            kind: "mean", "median" or "mode" (the highest point of the density). On a circle the mean is the direction
+                of the mean vector. Median and mode of counts are whole numbers.
+
+        Returns:
+            Shape (B,), or (B, D) for several outputs.
+
+        Raises:
+            ValueError: If kind is another, or X does not fit; see :meth:`predict_distribution`.
+        """
+        if kind not in KINDS_OF_PREDICTION:
+            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, KINDS_OF_PREDICTION))}.")
+        values = self._by_blocks(X, lambda p: getattr(p, kind))
+        values = np.maximum(values, 0.0) if self._counts() else values
+        values = values if kind == "mean" else self._whole(values)
+        return values[:, 0] if self.n_outputs_ == 1 else values
+
+    def _counts(self) -> bool:
+        return self.n_outputs_ == 1 and self._targets_of(1)[0] == "count"
+
+    def _whole(self, values: np.ndarray) -> np.ndarray:
+        """Values of counts to whole numbers ≥ 0: the quantile of a count is that of the continuous one, rounded."""
+        return np.maximum(np.floor(values + 0.5), 0.0) if self._counts() else values
+
+    def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
+        """Equal-tailed interval of each row, and of each output by itself.
+
+        With `conformal` its coverage is at least `level` on average over new rows, whatever the density is like.
+
+        Args:
+            X: Table of B rows.
+            level: Probability of the interval.
+
+        Returns:
+            Lower and upper ends, shape (B, 2), or (B, D, 2) for several outputs.
+
+        Raises:
+            ValueError: If the level is not in (0, 1), or X does not fit.
+        """
+        _check_level(level)
+        if hasattr(self, "conformal_intervals_"):
+            x = self._inputs(X)
+            return self._whole(self.conformal_intervals_(x, level).double().cpu().numpy())
+        return self._whole(self._by_blocks(X, lambda p: p.interval(level)))
+
+    def predict_quantiles(self, X: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
+        """Quantiles of each row, and of each output by itself.
+
+        Args:
+            X: Table of B rows.
+            levels: Probabilities, L of them.
+
+        Returns:
+            Shape (B, L), or (B, L, D) for several outputs. On a circle they count from its lower end.
+
+        Raises:
+            ValueError: If a level is not in (0, 1), or X does not fit.
+        """
+        levels = [float(level) for level in np.atleast_1d(np.asarray(levels, dtype=float))]
+        for level in levels:
+            _check_level(level, "levels")
+        if self.__sklearn_is_fitted__() and self.n_outputs_ > 1:
+            return self._by_blocks(X, lambda p: p._central(levels).transpose(0, 1))
+        return self._whole(self._by_blocks(X, lambda p: p.quantile(torch.tensor(levels, dtype=torch.double)).T))
+
+    def predict_highest_density_region(self, X: Any, level: float = 0.9) -> HighestDensityRegion:
+        """The smallest region of each row with this probability; for one output a union of intervals.
+
+        With `conformal` its coverage is at least `level` on average over new rows, whatever the density is like.
+
+        Args:
+            X: Table of B rows.
+            level: Probability of the region.
+
+        Raises:
+            ValueError: If the level is not in (0, 1), or X does not fit.
+        """
+        _check_level(level)
+        x = self._inputs(X)
+        with self._threads():
+            if hasattr(self, "conformal_regions_"):
+                return self.conformal_regions_(x, level)
+            return self._distribution(x).highest_density_region(level)
+
+    def sample(self, X: Any, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+        """Draw from p(y|x).
+
+        Args:
+            X: Table of B rows.
+            n_samples: Draws per row, S.
+            random_state: Their seed; the estimator's by default, so that the same call gives the same draws.
+
+        Returns:
+            Shape (B, S), or (B, S, D) for several outputs. Counts are whole numbers.
+
+        Raises:
+            ValueError: If n_samples is no whole number of at least 1, or X does not fit.
+        """
+        from sklearn.utils import check_random_state
+
+        _check_whole("n_samples", n_samples)
+        state = check_random_state(self.random_state if random_state is None else random_state)
+        generator = torch.Generator().manual_seed(int(state.randint(2**31 - 1)))
+        draws = self._by_blocks(X, lambda p: p.sample((int(n_samples),), generator=generator).transpose(0, 1))
+        return self._whole(draws[..., 0] if self.n_outputs_ == 1 else draws)
+
+    def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
+        """Log-density of each target, in nats and the units of y.
+
+        For counts it is the log-probability; for rounded values that of the value, per unit of y.
+
+        Args:
+            X: Table of B rows.
+            y: Targets, shape (B,) or (B, D). Without them the log-density to expect, minus the entropy: how certain
+                the model is of each row.
+
+        Returns:
+            Shape (B,); -inf outside the target space.
+
+        Raises:
+            ValueError: If y does not fit, or X does not.
+        """
+        if y is None:
+            return -self._by_blocks(X, lambda p: p.entropy())
+        x = self._inputs(X)
+        targets = _targets(y, "y", len(x))
+        if targets.shape[1] != self.n_outputs_:
+            raise ValueError(f"y has {targets.shape[1]} column(s), but the estimator predicts {self.n_outputs_}.")
+        parts = []
+        with self._threads():
+            for start in range(0, len(x), PREDICTION_ROWS):
+                rows = slice(start, start + PREDICTION_ROWS)
+                p = self._distribution(x[rows])
+                parts.append(self._log_density(p, targets[rows]))
+        return np.concatenate(parts)
+
+    def _log_density(self, p: PredictiveDistribution, targets: np.ndarray) -> np.ndarray:
+        if self.lattice_step_ is None:
+            return p.log_prob(torch.as_tensor(targets)).double().cpu().numpy()
+        low, high = self._cell(targets)
+        log_probability = self._log_probability(p, low[None, :, 0], high[None, :, 0])[0]
+        return log_probability - np.log(high - low)[:, 0]
+
+    def _log_probability(self, p: PredictiveDistribution, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Log-probability of intervals, (S, B): by the cdf, or from the density where the difference is lost."""
+        ends = torch.as_tensor(np.stack([low, high]))
+        cdf = p.cdf(ends[..., None]).double().cpu()
+        difference = (cdf[1] - cdf[0]).clamp_min(0).numpy()
+        if self._counts():  # what lies below 0 belongs to nothing
+            below = p.cdf(torch.full((1, len(low[0]), 1), -0.5, dtype=torch.double)).double().cpu().numpy()
+            difference = difference / (1 - below)
+        small = difference < 1e-3
+        with np.errstate(divide="ignore"):
+            result = np.log(difference)
+        if small.any():
+            nodes, shares = np.polynomial.legendre.leggauss(LATTICE_NODES)
+            total = np.full(low.shape, -np.inf)
+            for node, share in zip(nodes, shares / 2, strict=True):
+                place = torch.as_tensor(low + (high - low) * (node + 1) / 2)
+                density = p.log_prob(place[..., None]).double().cpu().numpy()
+                total = np.logaddexp(total, density + math.log(share))
+            total = total + np.log(high - low)
+            result = np.where(small, total - (np.log(1 - below) if self._counts() else 0.0), result)
+        return result
+
+    def predict_probabilities(self, X: Any, values: Any) -> np.ndarray:
+        """Probabilities of the values that counts or rounded targets can take.
+
+        Args:
+            X: Table of B rows.
+            values: Values, V of them.
+
+        Returns:
+            Shape (B, V). Over all values they sum to 1 (for rounded values to the probability of their range).
+
+        Raises:
+            ValueError: If the targets were neither counts nor rounded, a value is none of theirs, or X does not fit.
+        """
+        x = self._inputs(X)
+        if self.lattice_step_ is None:
+            raise ValueError(
+                "predict_probabilities is for counts and rounded targets, but those of fit were continuous, where a "
+                "single value has probability 0. Use predict_distribution(X).cdf, or fit with target='count'."
+            )
+        values = np.atleast_1d(np.asarray(values, dtype=float))
+        if values.ndim != 1 or not np.isfinite(values).all():
+            raise ValueError(f"values has shape {values.shape}; expected finite numbers, shape (V,).")
+        if self._counts() and ((values < 0) | (values != np.floor(values))).any():
+            raise ValueError("values holds numbers that are no counts; expected whole numbers ≥ 0.")
+        low, high = self._cell(values)
+        with self._threads():
+            p = self._distribution(x)
+            ends = [np.broadcast_to(end[:, None], (len(values), len(x))) for end in (low, high)]
+            return np.exp(self._log_probability(p, *ends)).T
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "calibration_")
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the fitted estimator to one safetensors file, without pickle; it appears whole or not at all.
+
+        Args:
+            path: File to write; the suffix ``.safetensors`` is appended where it is missing.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            sklearn.exceptions.NotFittedError: If the estimator has not been fitted.
+            energyreg.checkpoint.CheckpointError: If a parameter cannot be stored.
+            OSError: If the file cannot be written.
+        """
+        from sklearn.utils.validation import check_is_fitted
+
+        check_is_fitted(self)
+        parameters = self.get_params(deep=False)
+        if not isinstance(self.random_state, (int, type(None))):
+            parameters["random_state"] = (
+                None if not isinstance(self.random_state, np.integer) else int(self.random_state)
+            )
+        state = {
+            "parameters": {name: _plain(value) for name, value in parameters.items()},
+            "preprocessor": self.preprocessor_.state(),
+            "feature_names": self.feature_names_in_.tolist() if hasattr(self, "feature_names_in_") else None,
+            "n_features": self.n_features_in_,
+            "n_outputs": self.n_outputs_,
+            "n_iter": self.n_iter_,
+            "lattice_step": self.lattice_step_,
+            "calibration": [self.calibration_.inverse_temperature, self.calibration_.base_share],
+            "conformal": {
+                name: getattr(self, name).scores[None].tolist()
+                for name in ("conformal_regions_", "conformal_intervals_")
+                if hasattr(self, name)
+            },
+            "histories": [history.to_dict() for history in self.histories_],
+        }
+        return checkpoint.save_estimator(copy.deepcopy(self.model_).float(), state, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EnergyRegressor:
+        """Read an estimator that :meth:`save` wrote; its predictions are those of the saved one.
+
+        Args:
+            path: File to read, with or without its suffix.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            energyreg.checkpoint.CheckpointError: If the file is damaged, or no estimator's.
+        """
+        model, state = checkpoint.load_estimator(path)
+        self = cls(**state["parameters"])
+        self.model_ = model
+        self.preprocessor_ = TablePreprocessor.from_state(state["preprocessor"])
+        if state["feature_names"] is not None:
+            self.feature_names_in_ = np.asarray(state["feature_names"], dtype=object)
+        self.space_ = model.space
+        self.n_features_in_, self.n_outputs_, self.n_iter_ = state["n_features"], state["n_outputs"], state["n_iter"]
+        self.n_members_ = len(model) if isinstance(model, EnergyEnsemble) else 1
+        self.lattice_step_ = state["lattice_step"]
+        self.histories_ = [History(**history) for history in state["histories"]]
+        self.history_ = self.histories_[0]
+        self.calibration_ = Calibration(*state["calibration"])
+        for kind, name in ((ConformalRegions, "conformal_regions_"), (ConformalIntervals, "conformal_intervals_")):
+            if name in state["conformal"]:
+                setattr(self, name, kind.from_scores(self._distribution, np.asarray(state["conformal"][name])))
+        self.model_.to(self._device())
+        self._set_precision()
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- parts of fit
+
+
+def _fit(
+    build: Any, data: tuple[Tensor, Tensor], members: int, epochs: int, settings: dict[str, Any]
+) -> tuple[EnergyRegressionModel | EnergyEnsemble, list[History]]:
+    if members > 1:
+        ensemble = fit_ensemble(build, *data, n_members=members, epochs=epochs, **settings)
+        return ensemble, ensemble.histories
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])
+        model = build()
+    return model, [fit(model, *data, epochs=epochs, **settings)]
+
+
+def _batch_size(rows: int) -> int:
+    return 256 if rows >= 6_400 else max(2 ** int(math.log2(max(rows / 25, 1))), 32)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _check_whole(name: str, value: Any, also: str = "") -> None:
+    if not _is_whole(value) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1{also}.")
+
+
+def _check_level(level: Any, name: str = "level") -> None:
+    if not _is_number(level) or not 0 < level < 1:
+        raise ValueError(f"{name} is {level!r}; expected a probability between 0 and 1, such as 0.9.")
+
+
+def _one_space(target: Any, count: int) -> TargetSpace:
+    if target in ("real", "count"):
+        return Real(count)
+    if isinstance(target, str) and target == "positive":
+        return Positive(count)
+    if isinstance(target, (tuple, list)) and len(target) == 3 and target[0] in ("interval", "circle"):
+        _, low, high = target
+        fine = all(isinstance(end, numbers.Real) and math.isfinite(end) for end in (low, high))
+        if not fine or not low < high:
+            raise ValueError(f"target is {target!r}; expected finite numbers with low < high.")
+        low, high = float(low), float(high)
+        return Interval(low, high, dim=count) if target[0] == "interval" else Circle(high - low, low, dim=count)
+    if isinstance(target, TargetSpace):
+        raise ValueError("target is a list with a target space in it; pass energyreg.spaces.Product(...) of all.")
+    raise ValueError(
+        f'target is {target!r}; expected "real", "positive", ("interval", low, high), ("circle", low, high), "count", '
+        "or a space of energyreg.spaces."
+    )
+
+
+def _targets(y: Any, name: str, rows: int) -> np.ndarray:
+    """Targets as float64, shape (N, D), finite."""
+    if y is None:
+        raise ValueError(
+            f"EnergyRegressor requires y to be passed, but the target y is None: {name} is missing. Pass the targets."
+        )
+    if hasattr(y, "toarray") and hasattr(y, "nnz"):
+        raise TypeError(f"{name} is a sparse matrix; expected dense targets. Convert it by {name}.toarray().")
+    if isinstance(y, Tensor):
+        y = y.detach().cpu().numpy()
+    try:
+        values = np.asarray(y)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array of numbers: {error}.") from None
+    if values.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported: {name} has dtype {values.dtype}; expected real numbers.")
+    if values.dtype.kind in "OUS":
+        values = _numbers_of(values, name)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{name} has dtype {values.dtype}; expected numbers. Convert dates to numbers first.")
+    values = values.astype(np.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or values.shape[1] == 0:
+        raise ValueError(f"{name} has shape {np.shape(y)}; expected (n,), or (n, D) for several outputs.")
+    if len(values) != rows:
+        raise ValueError(f"{name} has {len(values)} rows, but X has {rows}; expected one target for each row of X.")
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ValueError(
+            f"{name} has NaN or infinity in {int(bad.any(1).sum())} of {rows} rows, the first in row {row}, column "
+            f"{column}: {values[row, column]}; expected finite numbers. Drop these rows."
+        )
+    return values
+
+
+def _numbers_of(values: np.ndarray, name: str) -> np.ndarray:
+    flat = values.reshape(-1)
+    result = np.empty(len(flat))
+    for index, value in enumerate(flat):
+        missing = value is None or type(value).__name__ in ("NAType", "NaTType")
+        if not missing and isinstance(value, (str, bytes)) and len(value) and not _looks_like_a_number(value):
+            raise ValueError(
+                f"{name} holds text, the first in row {index}: {str(value)!r}; expected numbers. Convert it."
+            )
+        try:
+            result[index] = np.nan if missing else float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"{name} holds a {type(value).__name__} in row {index}: {value!r}; expected numbers."
+            ) from None
+    return result.reshape(values.shape)
+
+
+def _looks_like_a_number(value: Any) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _weights(sample_weight: Any, rows: int) -> np.ndarray:
+    if sample_weight is None:
+        return np.ones(rows)
+    if isinstance(sample_weight, numbers.Real):
+        return np.ones(rows)
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.ndim != 1:
+        raise ValueError(f"Sample weights must be 1D array or scalar: sample_weight has shape {weights.shape}.")
+    if len(weights) != rows:
+        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(rows,)}: one weight for each row of X.")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        row = int((~np.isfinite(weights) | (weights < 0)).argmax())
+        raise ValueError(f"sample_weight has {weights[row]} in row {row}; expected finite numbers ≥ 0.")
+    if not (weights > 0).any():
+        raise ValueError("All sample weights are zero: sample_weight must have a number above zero for some row.")
+    return weights
+
+
+def _resampled(train: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Training rows, each about as often as its weight says relative to the mean; for equal ones the rows."""
+    chosen = weights[train]
+    if (chosen == chosen[0]).all():
+        return train
+    ends = np.cumsum(chosen) / chosen.sum() * len(train)
+    places = np.arange(len(train)) + rng.uniform(0, 1)
+    drawn = train[np.searchsorted(ends, places, side="right").clip(max=len(train) - 1)]
+    return drawn if len(set(drawn.tolist())) > 1 else train
+
+
+def _step(values: np.ndarray) -> float | None:
+    """The step of a lattice on which all values lie, where ties show that they are rounded; else None."""
+    known = np.unique(values)
+    if len(known) < 2 or len(known) > 0.5 * len(values):
+        return None
+    gaps = np.diff(known)
+    # Decimal steps first: the least gap between rounded values may be several of them.
+    step = float(gaps.min())
+    if step <= 64 * np.spacing(np.abs(known).max()):
+        return None
+    decimal = 10.0 ** math.floor(math.log10(step) + 1e-9)
+    for candidate in (float(f"{step:.6g}"), step, 5 * decimal, 2 * decimal, decimal):
+        if candidate > step * (1 + 1e-6):
+            continue
+        places = (known - known[0]) / candidate
+        if np.abs(places - np.rint(places)).max() < 1e-3:
+            return candidate
+    return None
+
+
+def _take(column: Column, rows: np.ndarray) -> Column:
+    return Column(column.kind, column.values[rows], column.categorical)
+
+
+def _plain(value: Any) -> Any:
+    """A constructor argument as a file can hold it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, torch.device) else value
