@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 from experiments.one_dimensional import networks, training
 from experiments.one_dimensional.evaluation import cached_task, evaluate
 from experiments.one_dimensional.networks import ConditionalMixture, EnergyNetwork, Linear, MixtureHead, Model
-from experiments.one_dimensional.report import report
+from experiments.one_dimensional.report import fill, report
 from experiments.one_dimensional.run import blocks, run, select
 from experiments.one_dimensional.settings import SETTINGS
 from experiments.one_dimensional.tasks import TASKS
@@ -281,6 +281,17 @@ def test_run_resumes_and_reports(tmp_path, monkeypatch):
     assert "its proposal" in text
     assert "| M = 8 |" in text
     assert (tmp_path / "toy1.png").stat().st_size > 10_000
+
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- table -->\nold\n<!-- /table -->\nb\n<!-- study -->\n<!-- /study -->\nc\n")
+    fill(page, tmp_path)
+    text = page.read_text()
+    assert "old" not in text
+    assert "| NCE |" in text
+    assert "| NCE | –" not in text
+    assert "(3) |" in text  # seeds
+    assert text.startswith("a\n")
+    assert text.endswith("c\n")
 
 
 def test_report_without_results_says_what_to_do(tmp_path):

@@ -17,14 +17,16 @@ def main() -> int:
     command.add_argument("--seeds", type=int, help="only the first seeds of each setting (whole blocks)")
     command.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     command.add_argument("--list", action="store_true", help="only list the settings")
-    commands.add_parser("report", help="tables and pictures from the results that are there")
+    commands.add_parser("report", help="tables, in the docs too, and pictures from the results")
     for command in commands.choices.values():
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
     arguments = parser.parse_args()
     if arguments.command == "report":
-        from experiments.one_dimensional.report import report
+        from experiments.one_dimensional.report import DOCS, fill, report
 
         report(arguments.results)
+        if arguments.results == RESULTS:
+            fill(DOCS, arguments.results)
         return 0
     from experiments.one_dimensional.settings import SETTINGS
 

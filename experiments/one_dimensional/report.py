@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from experiments.one_dimensional.evaluation import LOWEST, cached_task, window
 from experiments.one_dimensional.tasks import Task
 
-__all__ = ["report"]
+__all__ = ["DOCS", "fill", "report"]
 
 PICTURED = -4.0
 """Log-densities from here up have a colour of their own."""
@@ -229,6 +229,54 @@ def report(results: Path) -> None:
     dates = sorted({record["date"] for outcome in outcomes for record in outcome.records})
     parts.append(f"Made on {'; '.join(machines)}; {dates[0]} to {dates[-1]}.")
     (results / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "objectives.md"
+"""The page whose tables are made of the results."""
+
+_ROWS = [
+    ("ML-IS", "mlis"), ("KLD-IS", "kldis"), ("NCE", "nce"), ("NCE+", "nceplus"), ("score matching", "sm"),
+    ("denoising score matching (M = 64)", "dsm-m64"), ("ML-MCMC, 16 steps (M = 64)", "mlmcmc16-m64"),
+    ("NCE, noise by hand, network of paper IV", "nce-hand"), ("NCE + J_KL, K = 1", "nce-jkl-k1"),
+    ("NCE + J_KL, K = 4", "nce-jkl-k4"), ("NCE + J_KL, K = 16", "nce-jkl-k16"), ("joint J, K = 4", "joint-k4"),
+    ("self-normalised likelihood, K = 4", "snl-k4"), ("mixture density network, K = 4", "mdn-k4"),
+    ("the same with an energy-based teacher", "teacher-k4"), ("mixture density network, K = 8", "mdn-k8"),
+    ("the same with an energy-based teacher", "teacher-k8"), ("**library**: energy on the marginal", "library"),
+    ("**library**: energy on a mixture", "on-mixture"), ("**library**: `EdgeHead` on the marginal", "edges"),
+    ("**library**: mixture, K by validation", "library-mixture"),
+]  # fmt: skip
+
+
+def fill(page: Path, results: Path) -> None:
+    """Put the tables of the results into a page, between the comments that mark their places.
+
+    Args:
+        page: Markdown with ``<!-- table --> … <!-- /table -->`` and the same for ``study``.
+        results: Folder of results.
+    """
+    found = {outcome.name: outcome for outcome in read(results)}
+
+    def cell(name: str, key: str = "kl") -> str:
+        values = found[name].values(key) if name in found else None
+        return "–" if values is None else _mean(values) + f" ({found[name].seeds})"
+
+    rows = []
+    for title, short in _ROWS:
+        cells = [cell(f"toy1-{short}"), cell(f"toy2-{short}"), cell(f"paper4-{short}")]
+        rows.append([title, *cells, cell(f"paper4-{short}", "test_nll"), cell(f"slabs-{short}")])
+    header = ["method", "toy 1", "toy 2", "task 2 of paper IV", "its test NLL (truth 1.239)", "slabs"]
+    study = [outcome for outcome in found.values() if outcome.task == "toy1"]
+    sampled = {outcome.method for outcome in study if _in_study(outcome)}
+    tables = {
+        "table": _table(header, rows),
+        "study": _samples([outcome for outcome in study if outcome.method in sampled]),
+    }
+    text = page.read_text()
+    for mark, table in tables.items():
+        start, stop = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{table}\n{stop}{rest.split(stop)[1]}"
+    page.write_text(text)
 
 
 def _in_study(outcome: Outcome) -> bool:
