@@ -1,4 +1,4 @@
-"""`import energyreg` needs torch and NumPy only, and costs little more than torch's own import."""
+"""`import energyreg` costs next to nothing; its core needs torch and NumPy only, and little more than their time."""
 
 import json
 import subprocess
@@ -9,6 +9,9 @@ LIMIT = 0.2
 
 Of processor time: the clock's on an idle machine, and without the waiting for other processes on a busy one.
 """
+
+IMPORT = "from energyreg import EnergyRegressionModel, fit, fit_ensemble, load"
+"""The package alone imports nothing at all."""
 
 MEASURE = """
 import json, sys, time
@@ -36,11 +39,21 @@ def is_quick(statement: str, attempts: int = 3) -> bool:
 
 
 def test_import_loads_nothing_beyond_torch_and_numpy() -> None:
-    assert measure("import energyreg")[1] - {"torch", "numpy"} == {"energyreg"}
+    assert measure(IMPORT)[1] - {"torch", "numpy"} == {"energyreg"}
+
+
+def test_the_package_alone_imports_nothing() -> None:
+    code = "import sys, energyreg; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_refine_stays_a_function() -> None:
+    code = "import energyreg.refine, energyreg as er; er.EnergyRegressionModel; assert callable(er.refine)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_import_is_quick() -> None:
-    assert is_quick("import energyreg")
+    assert is_quick(IMPORT)
 
 
 def test_a_slow_import_and_a_heavy_one_are_seen() -> None:

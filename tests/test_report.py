@@ -250,3 +250,26 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(plain, tmp_path):
 )
 def test_small_numbers_read_well(value, text):
     assert report._small(value) == text
+
+
+def test_sections_are_sound_and_trust_no_text(html):
+    from energyreg import plots
+    from energyreg.report import Drawing, Section, SectionedReport, Table
+
+    sections = [
+        Section("one", HOSTILE, [HOSTILE], [
+            Table(HOSTILE, [HOSTILE, "Share"], [[HOSTILE, {"text": "1", "share": 0.5}]]),
+        ]),
+        Section("two", "Two", terms={HOSTILE: HOSTILE}, facts={HOSTILE: HOSTILE}, short=HOSTILE, drawings=[
+            Drawing(lambda: plots.pit_histogram([0.1, 0.6]), BAD, HOSTILE, HOSTILE),
+        ]),
+    ]  # fmt: skip
+    text = report.render(SectionedReport(HOSTILE, [HOSTILE], sections, [HOSTILE]))
+    page = Page(text)
+    assert page.mistakes == [] and "<script" not in text and "49" not in "".join(page.text)
+    assert page.all("svg")[0]["aria-label"] == BAD
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids)) and {"one", "two"} <= set(ids)
+    assert (
+        text.partition("</style>")[0].partition("<style>")[2] == html.partition("</style>")[0].partition("<style>")[2]
+    )

@@ -30,7 +30,7 @@ def _in_one_pass(head: Any) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, 
     """The head's way to take targets of its rows and shared ones at once, unless a subclass changed only `forward`."""
     for kind in type(head).__mro__:
         if "own_and_shared" in vars(kind):
-            return head.own_and_shared  # type: ignore[no-any-return]
+            return head.own_and_shared
         if "forward" in vars(kind):
             return None
     return None

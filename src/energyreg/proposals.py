@@ -141,7 +141,8 @@ class GaussianMixture(Distribution):
         """Log-density in nats, (*S, B, D) or (*S, 1, D) to (*S, B)."""
         simple = value.shape[-1] == 1 and self.factor is None and not any(self.periodic)
         # A compiled or exported graph serves any number of rows, so it cannot choose by that.
-        if simple and not torch.compiler.is_compiling() and torch.broadcast_shapes(value.shape[:-1], self.batch_shape).numel() >= MANY:
+        simple = simple and not torch.compiler.is_compiling()
+        if simple and torch.broadcast_shapes(value.shape[:-1], self.batch_shape).numel() >= MANY:
             return self._log_prob_of_many(value[..., 0])
         return self._component_log_prob(value).add(self.log_mixing).logsumexp(-1)
 
