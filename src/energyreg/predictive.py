@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -23,6 +23,9 @@ __all__ = ["Diagnostics", "HighestDensityRegion", "Modes", "PredictiveDistributi
 
 Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSampling
 Rows: TypeAlias = slice | Tensor
+
+KEEP_SHARE = 1 / 4
+"""Share of the memory budget up to which nodes are kept for the next question, beside what a chunk works in."""
 
 BLOCK = 64
 """Rows whose samples come from one seed where the proposal cannot share points, so that chunks change nothing."""
@@ -189,6 +192,8 @@ class PredictiveDistribution(Distribution):
         self._differentiable, self._dtype, self._device = differentiable, dtype, torch.device(device)
         self._seed, self._budget = seed, memory_budget
         self._cached: list[_Chunk] | None = None
+        self._kept: dict[tuple[int, int], Cells | WeightedPoints] = {}
+        self._kept_bytes = 0
         super().__init__(torch.Size([num_rows]), torch.Size([space.dim]), validate_args=False)
 
     def __repr__(self) -> str:
@@ -242,9 +247,18 @@ class PredictiveDistribution(Distribution):
             return self._cached
         return map(self._compute, slices)
 
+    def _keep(self, rows: slice, nodes: Cells | WeightedPoints) -> Cells | WeightedPoints:
+        """Nodes for the next question, as far as a share of the memory budget goes."""
+        plain = replace(nodes)  # without what was computed from them
+        size = sum(getattr(plain, field.name).nbytes for field in fields(plain) if field.name != "independent")
+        if not self._differentiable and self._kept_bytes + size <= KEEP_SHARE * self._budget:
+            self._kept[rows.start, rows.stop] = plain
+            self._kept_bytes += size
+        return nodes
+
     def _compute(self, rows: slice) -> _Chunk:
-        f = self._energy(rows)
-        return _Chunk(rows, f, lambda: self._integrate(f, rows))
+        f, kept = self._energy(rows), self._kept.get((rows.start, rows.stop))
+        return _Chunk(rows, f, lambda: self._keep(rows, self._integrate(f, rows)) if kept is None else replace(kept))
 
     def _integrate(self, f: EnergyFunction, rows: slice) -> Cells | WeightedPoints:
         if isinstance(self.integrator, AdaptiveQuadrature):
