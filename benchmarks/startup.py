@@ -81,7 +81,8 @@ def _demo(options: Options) -> Measurement:
 
 BENCHMARKS = [
     Benchmark(
-        "import", "`import energyreg` and its core, over the import of torch", "≤ 0.2 s", _import, 0.2, format="{:.3f} s", once=True,
+        "import", "`import energyreg` and its core, over the import of torch", "≤ 0.2 s", _import, 0.2,
+        format="{:.3f} s", once=True,
     ),
     Benchmark(
         "load", "`er.load` of the default model", "none set", _load, format="{:.1f} ms", guarded="ratio", once=True,

@@ -161,7 +161,7 @@ class GaussianMixture(Distribution):
         columns = list(zip(constant.unbind(-1), centres.unbind(-1), slope.unbind(-1), strict=True))
         if any(t.requires_grad for t in (value, constant, centres, slope)) and torch.is_grad_enabled():
             return log_sum_exp([c - torch.addcmul(-m, value, s).square() for c, m, s in columns])
-        # Without a gradient nothing is kept: values are overwritten, and those of some rows at a time stay in the cache.
+        # Without a gradient nothing is kept: values are overwritten, and those of a few rows stay in the cache.
         result = value.new_empty(torch.broadcast_shapes(value.shape, self.batch_shape))
         count = result.shape[-1]
         step = max(BLOCK * count // max(result.numel(), 1), 1)
