@@ -204,7 +204,7 @@ def report(results: Path) -> None:
         "ones, which have no number, are counted apart), and over the best 5 by the number itself: this is the papers' "
         "rule, which selects on the test metric, so read it beside their tables only. D_KL is from the truth to the "
         "model on the papers' grid; it and the test NLL are in nats. Seeds are trained side by side on one thread; "
-        "*s / seed* is the time of a block over its seeds, evaluation included.",
+        "*s / seed* is the time of a block over its seeds, evaluation included, on machines that did other work too.",
         ANCHORS,
     ]
     for name in dict.fromkeys(outcome.task for outcome in outcomes):
