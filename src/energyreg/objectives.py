@@ -23,7 +23,7 @@ from energyreg.energy import EnergyFunction
 from energyreg.integrators import ImportanceSampling, StratifiedQuadrature
 from energyreg.mcmc import Langevin
 from energyreg.noise import GaussianNoise
-from energyreg.points import check_count
+from energyreg.points import check_count, half_disagreement
 from energyreg.spaces import wrap_angles
 
 __all__ = [
@@ -201,12 +201,10 @@ class _LogSumExp(torch.autograd.Function):
 def _share_diagnostics(f_target: Tensor, log_z: Tensor, shares: Tensor) -> dict[str, Tensor]:
     """What the shares of quadrature nodes in Z say, shape (G, B); see :class:`~energyreg.points.WeightedPoints`."""
     with torch.no_grad():
-        half = len(shares) // 2
-        halves = shares[: 2 * half].unflatten(0, (half, 2)).sum(0).log()
         return {
             "f_target": f_target,
             "log_partition": log_z,
-            "log_partition_stderr": (halves[0] - halves[1]).abs() / 2,
+            "log_partition_stderr": half_disagreement(shares),
             "effective_sample_size": shares.square().sum(0).reciprocal(),
         }
 

@@ -25,6 +25,13 @@ def check_count(name: str, number: int, smallest: int = 1) -> None:
         raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}.")
 
 
+def half_disagreement(shares: Tensor) -> Tensor:
+    """Half the difference on log Z between the even and the odd nodes, from all nodes' shares in Z, (G, B) to (B,)."""
+    half = len(shares) // 2
+    even, odd = shares[: 2 * half].unflatten(0, (half, 2)).sum(0).log()
+    return (even - odd).abs() / 2
+
+
 class _Tail(NamedTuple):
     """The largest weights of each column, relative to the very largest, and the generalised Pareto fitted to them.
 
@@ -306,9 +313,7 @@ class Cells:
     @property
     def log_partition_stderr(self) -> Tensor:
         """Half the disagreement of two interleaved halves on log Z, shape (B,)."""
-        half = len(self.masses) // 2
-        even, odd = self.masses[: 2 * half].unflatten(0, (half, 2)).sum(0).log()
-        return (even - odd).abs() / 2
+        return half_disagreement(self.masses)
 
     @staticmethod
     def _columns(table: Tensor) -> Tensor:
