@@ -183,8 +183,7 @@ class TableEncoder(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
         scores = self.normalizer(x)
-        phase = scores[..., None] * self.frequencies
-        return self.layers(torch.cat([scores, phase.sin().flatten(1), phase.cos().flatten(1)], 1))
+        return self.layers(torch.cat(_with_waves(scores, self.frequencies), 1))
 
 
 class MixedTableEncoder(nn.Module):
@@ -273,9 +272,7 @@ class MixedTableEncoder(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
         parts = []
         if self.num_numeric:
-            scores = self.normalizer(x[:, : self.num_numeric])
-            phase = scores[..., None] * self.frequencies
-            parts += [scores, phase.sin().flatten(1), phase.cos().flatten(1)]
+            parts += _with_waves(self.normalizer(x[:, : self.num_numeric]), self.frequencies)
         codes = x[:, self.num_numeric :]
         if self.training and self.other_rate:
             codes = torch.where(torch.rand_like(codes) < self.other_rate, 0.0, codes)
@@ -283,6 +280,12 @@ class MixedTableEncoder(nn.Module):
             code, known = codes[:, column], self.cardinalities[column]
             parts.append(embedding(torch.where((code >= 0) & (code < known), code, 0.0).long()))
         return self.layers(torch.cat(parts, 1))
+
+
+def _with_waves(scores: Tensor, frequencies: Tensor) -> list[Tensor]:
+    """Scores (B, F) and their periodic features, (B, F K) each, for frequencies (F, K)."""
+    phase = scores[..., None] * frequencies
+    return [scores, phase.sin().flatten(1), phase.cos().flatten(1)]
 
 
 def _hidden_layers(width: int, context_dim: int, depth: int, dropout: float) -> nn.Sequential:

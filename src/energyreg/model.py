@@ -17,7 +17,7 @@ from energyreg.encoders import MixedTableEncoder, TableEncoder, TwinEncoder
 from energyreg.energy import EnergyFunction
 from energyreg.heads import JointHead, SeparableHead
 from energyreg.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
-from energyreg.predictive import Integrator, PredictiveDistribution, Rows
+from energyreg.predictive import KEEP_SHARE, Integrator, PredictiveDistribution, Rows
 from energyreg.proposals import MixtureDensityNetwork
 from energyreg.spaces import Real, TargetSpace
 
@@ -28,10 +28,6 @@ ENCODE_BYTES = 16 * 2**20
 
 ENCODE_ROWS = 4096
 """Rows that go through the encoder at once in prediction."""
-
-KEEP_SHARE = 1 / 4
-"""Share of the memory budget up to which contexts are kept with a predictive distribution; larger ones are computed
-again for each question."""
 
 
 def _as_array(value: Any, name: str) -> Tensor:

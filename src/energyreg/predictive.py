@@ -25,7 +25,8 @@ Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSa
 Rows: TypeAlias = slice | Tensor
 
 KEEP_SHARE = 1 / 4
-"""Share of the memory budget up to which nodes are kept for the next question, beside what a chunk works in."""
+"""Share of the memory budget up to which contexts, and nodes, are kept with a predictive distribution for the next
+question, beside what a chunk works in; more is computed again."""
 
 BLOCK = 64
 """Rows whose samples come from one seed where the proposal cannot share points, so that chunks change nothing."""
