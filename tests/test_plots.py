@@ -51,6 +51,14 @@ def diagnostics(rows=ROWS, **changes):
     return replace(values, **changes)
 
 
+def angles():
+    torch.manual_seed(0)
+    model = er.EnergyRegressionModel.for_table(2, er.spaces.Circle(360.0), width=8)
+    x, y = torch.randn(30, 2), 360 * torch.rand(30, 1)
+    model.fit_preprocessing(x, y)
+    return model.eval()(x[:2])
+
+
 def pit(rows=500):
     return torch.rand(rows, generator=torch.Generator().manual_seed(1))
 
@@ -75,6 +83,13 @@ FIGURES = {
     "learning_curves": lambda models, y: plots.learning_curves(histories()),
     "log_partition": lambda models, y: plots.log_partition(diagnostics()),
     "log_partition_difference": lambda models, y: plots.log_partition(diagnostics(), reference=torch.zeros(ROWS)),
+    "densities_on_a_circle": lambda models, y: plots.densities({"a": angles()}, [350.0, 10.0], circle=(0.0, 360.0)),
+    "reliability_curve": lambda models, y: plots.reliability_curve({"a": pit(), "b": pit() ** 2}),
+    "sharpness": lambda models, y: plots.sharpness({"a": 1 + pit(), "b": pit()}),
+    "probabilities": lambda models, y: plots.probabilities([0, 1, 2], [0.5, 0.3, 0.2], 1),
+    "joint_draws_of_two": lambda models, y: plots.joint_draws(np.zeros((5, 2)), [0, 1], labels=["u", "v"]),
+    "joint_draws_of_three": lambda models, y: plots.joint_draws(np.eye(3), [0, 1, 2], labels=["u", "v", "w"]),
+    "histogram": lambda models, y: plots.histogram(y),
     "log_partition_of_a_model": lambda models, y: plots.log_partition(models["energy"].diagnostics),
 }
 
@@ -148,6 +163,41 @@ def test_colours_stand_out_from_white_and_from_near_black():
         assert (luminance(color) + 0.05) / (luminance("#131518") + 0.05) >= 3
 
 
+def test_a_circle_is_drawn_whole_around_the_mean_with_ticks_of_its_range():
+    p = angles()
+    figure = plots.densities({"a": p}, [350.0, 10.0], rows=[1], circle=(0.0, 360.0))
+    (ax,) = figure.axes
+    low, high = ax.get_xlim()
+    assert high - low == pytest.approx(360) and (low + high) / 2 == pytest.approx(float(p.mean[1, 0]), abs=1e-3)
+    curve = ax.lines[0].get_xydata()
+    assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(1, abs=5e-3)
+    observed = ax.lines[1].get_xdata()[0]
+    assert low <= observed <= high and (observed - 10) % 360 == pytest.approx(0, abs=1e-9)
+    assert {label.get_text() for label in ax.get_xticklabels()} <= {"0", "90", "180", "270"}
+
+
+def test_reliability_is_the_distribution_function_of_the_pit():
+    line = plots.reliability_curve({"a": [0.2, 0.4, 0.6, 0.8]}).axes[0].lines[1].get_xydata()
+    assert dict(line)[50.0] == 50.0 and dict(line)[10.0] == 0.0 and dict(line)[100.0] == 100.0
+
+
+def test_sharpness_is_the_distribution_function_of_the_widths():
+    line = plots.sharpness({"a": [1.0, 2.0, 3.0]}).axes[0].lines[0].get_xydata()
+    assert line[0].tolist() == [1.0, 0.0] and line[100].tolist() == [2.0, 50.0] and line[-1].tolist() == [3.0, 100.0]
+
+
+def test_bars_of_probabilities_are_the_probabilities():
+    ax = plots.probabilities([2, 3, 5], [0.5, 0.3, 0.2], 3).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [0.5, 0.3, 0.2]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in ax.patches] == pytest.approx([2, 3, 5])
+    assert [text.get_text() for text in ax.texts] == ["−1.20"]  # log 0.3
+
+
+def test_whole_numbers_get_a_bar_each():
+    ax = plots.histogram([0, 1, 1, 3]).axes[0]
+    assert [bar.get_height() for bar in ax.patches][:4] == [1, 2, 0, 1]
+
+
 def test_lowest_value_is_marked_and_early_epochs_do_not_flatten_the_rest():
     figure = plots.learning_curves(histories())
     dots = [line.get_xydata()[0] for line in lines_of(figure) if line.get_marker() == "o"]
@@ -189,6 +239,14 @@ def test_unknown_pareto_k_is_left_out():
         (lambda m: plots.coverage_curve({"a": [np.nan]}), "NaN"),
         (lambda m: plots.learning_curves({}), "no finite value"),
         (lambda m: plots.learning_curves({"a": SimpleNamespace(validation_nll=[])}), "'a'"),
+        (lambda m: plots.densities(m, circle=(3.0, 3.0)), "circle is"),
+        (lambda m: plots.reliability_curve({}), "models is empty"),
+        (lambda m: plots.reliability_curve({"a": [1.5]}), r"outside \[0, 1\]"),
+        (lambda m: plots.sharpness({"a": [np.inf]}), "no finite width"),
+        (lambda m: plots.probabilities([0, 1], [1.0]), "2 entries and shares 1"),
+        (lambda m: plots.joint_draws(np.zeros((5, 1)), labels=["a"]), r"shape \(5, 1\)"),
+        (lambda m: plots.joint_draws(np.zeros((5, 2)), labels=["a"]), "Pass a label for each"),
+        (lambda m: plots.histogram([np.nan]), "no finite number"),
         (lambda m: plots.log_partition(diagnostics(0)), "no rows"),
         (lambda m: plots.log_partition(diagnostics(), reference=[0.0]), "reference has 1 rows"),
     ],

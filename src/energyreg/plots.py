@@ -24,7 +24,19 @@ if TYPE_CHECKING:
 
     from energyreg.predictive import PredictiveDistribution
 
-__all__ = ["COLORS", "coverage_curve", "densities", "learning_curves", "log_partition", "pit_histogram"]
+__all__ = [
+    "COLORS",
+    "coverage_curve",
+    "densities",
+    "histogram",
+    "joint_draws",
+    "learning_curves",
+    "log_partition",
+    "pit_histogram",
+    "probabilities",
+    "reliability_curve",
+    "sharpness",
+]
 
 COLORS = ("#009e73", "#0072b2", "#d55e00", "#cc79a7", "#8c6d31")
 """One colour per model, in the order in which the models are given."""
@@ -85,6 +97,7 @@ def densities(
     label: str = "y",
     num_points: int = 320,
     columns: int = 3,
+    circle: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw p(y|x) of chosen rows, one panel a row, the models one below the other on shared axes (D = 1).
 
@@ -100,6 +113,8 @@ def densities(
         label: Name and unit of y, at the horizontal axis.
         num_points: Points of each curve, about half of them where the models see most probability.
         columns: Panels side by side, at most.
+        circle: Where y lies on a circle, the ends of its range: the panel shows the whole turn, cut opposite the mean
+            of the first model, with the ticks of the range.
 
     Returns:
         The figure.
@@ -127,7 +142,10 @@ def densities(
             f"y has {len(observed)} rows, but the models predict {num_rows}. Pass the targets of the same rows."
         )
 
-    grid = _density_grid(models, observed, num_points)
+    if circle is None:
+        grid = _density_grid(models, observed, num_points)
+    else:
+        grid, observed = _circle_grid(models, observed, num_points, circle)
     curves = {name: _on_grid(p, grid) for name, p in models.items()}
     thresholds = {name: _array(p.highest_density_region(level).log_threshold) for name, p in models.items()}
     scores = None if observed is None else {name: _on_grid(p, observed[None])[0] for name, p in models.items()}
@@ -154,6 +172,8 @@ def densities(
             ax.set_yticks([])
             ax.spines["left"].set_visible(False)
         axes[-1].set_xlim(grid[0, row], grid[-1, row])
+        if circle is not None:
+            _circle_ticks(axes[-1], circle)
         axes[-1].set_xlabel(label)
         for ax in axes[:-1]:
             ax.tick_params(bottom=False)
@@ -246,6 +266,200 @@ def coverage_curve(models: Mapping[str, Any], *, gap: bool = False, ax: Axes | N
     else:
         ax.set(ylim=(0, 100), ylabel="targets inside (%)")
         _colored_legend(ax, loc="upper left")
+    return _figure(ax)
+
+
+@_styled
+def reliability_curve(models: Mapping[str, Any], *, ax: Axes | None = None) -> Figure:
+    """Draw the share of targets below the predicted quantiles against the quantiles' level: the diagonal is right.
+
+    A curve above the diagonal at low levels and below it at high ones means densities that are too narrow; one that
+    lies above it everywhere, predictions that are too high. The band is where the whole curve of a calibrated model
+    stays in 95 of 100 test sets of this size (Kolmogorov).
+
+    Args:
+        models: Name → PIT values of the test rows, from :func:`energyreg.metrics.pit`, shape (B,).
+        ax: Axes to draw into; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: No model, no values, or values outside [0, 1] or NaN.
+    """
+    if not models:
+        raise ValueError("models is empty. Pass at least one name with its PIT values.")
+    ax = _axes(ax, (3.5, 2.9))
+    levels = np.linspace(0.0, 1.0, 201)
+    values = {name: np.sort(_pit_values(pit, f"models[{name!r}]")) for name, pit in models.items()}
+    half = 1.358 / math.sqrt(min(map(len, values.values())))
+    low, high = (levels - half).clip(0, 1), (levels + half).clip(0, 1)
+    ax.fill_between(100 * levels, 100 * low, 100 * high, color=_neutral(ax), alpha=0.16, linewidth=0)
+    ax.plot(100 * levels, 100 * levels, color=_neutral(ax), linewidth=0.8, linestyle=(0, (3, 2)))
+    for (name, pit), color in zip(values.items(), _colors(models), strict=True):
+        ax.plot(100 * levels, 100 * np.searchsorted(pit, levels, side="right") / len(pit), color=color, label=name)
+    ax.set(xlim=(0, 100), ylim=(0, 100), xlabel="level of the quantile (%)", ylabel="targets below (%)")
+    _colored_legend(ax, loc="upper left")
+    return _figure(ax)
+
+
+@_styled
+def sharpness(models: Mapping[str, Any], *, label: str = "width of the interval", ax: Axes | None = None) -> Figure:
+    """Draw how the widths of the rows' intervals are spread: the share of rows with an interval up to that width.
+
+    Args:
+        models: Name → widths of the intervals of the test rows, shape (B,).
+        label: Name and unit of the width.
+        ax: Axes to draw into; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: No model, or no finite width.
+    """
+    curves = {name: np.sort(_values(widths, f"models[{name!r}]")) for name, widths in models.items()}
+    curves = {name: curve[np.isfinite(curve)] for name, curve in curves.items()}
+    if not curves or min(map(len, curves.values())) == 0:
+        raise ValueError("models has no finite width. Pass at least one name with the widths of its rows.")
+    ax = _axes(ax, (3.5, 2.9))
+    levels = np.linspace(0.0, 1.0, 201)
+    for (name, curve), color in zip(curves.items(), _colors(curves), strict=True):
+        ax.plot(np.quantile(curve, levels), 100 * levels, color=color, label=name)
+    right = max(float(np.quantile(curve, 0.99)) for curve in curves.values())
+    ax.set(xlim=(0, 1.05 * right or 1.0), ylim=(0, 100), xlabel=label, ylabel="rows (%)")
+    _colored_legend(ax, loc="lower right")
+    return _figure(ax)
+
+
+@_styled
+def probabilities(
+    values: Any, shares: Any, y: float | None = None, *, label: str = "y", color: str = COLORS[0],
+    ax: Axes | None = None,
+) -> Figure:  # fmt: skip
+    """Draw the probabilities of the values that a count can take, as bars.
+
+    Args:
+        values: The values, shape (V,).
+        shares: Their probabilities, shape (V,).
+        y: Observed value, to mark by a dashed line; its log-probability stands at the right. Optional.
+        label: Name and unit of y.
+        color: Colour of the bars.
+        ax: Axes to draw into; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: No value, or numbers of values and probabilities that differ.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    values, shares = _values(values, "values"), _values(shares, "shares")
+    if len(values) == 0 or len(values) != len(shares):
+        raise ValueError(f"values has {len(values)} entries and shares {len(shares)}. Pass one probability for each.")
+    ax = _axes(ax, (3.5, 1.4))
+    step = float(np.diff(np.sort(values)).min()) if len(values) > 1 else 1.0
+    ax.bar(values, shares, width=0.82 * step, color=color, alpha=0.75, linewidth=0)
+    top = max(float(shares.max()), 1e-12)
+    if y is not None:
+        ax.plot([y, y], [0, 1.1 * top], color=_neutral(ax), linewidth=1.0, linestyle=(0, (3, 2)))
+        at = np.flatnonzero(values == y)
+        if len(at):
+            with np.errstate(divide="ignore"):
+                score = float(np.log(shares[at[0]]))
+            ax.text(1.0, 0.97, _signed(score), transform=ax.transAxes, ha="right", va="top", size=8.5)
+    ax.set(ylim=(0, 1.4 * top), xlabel=label)
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    return _figure(ax)
+
+
+@_styled
+def joint_draws(draws: Any, y: Any = None, *, labels: Sequence[str], color: str = COLORS[0]) -> Figure:
+    """Draw samples of one row's joint density: of two outputs against each other, of more each by itself.
+
+    The observed target is a cross among two outputs, and a dashed line with more. Histograms show at most six outputs.
+
+    Args:
+        draws: Samples, shape (S, D), D ≥ 2.
+        y: Observed targets, shape (D,). Optional.
+        labels: Names and units of the D outputs.
+        color: Colour of the samples.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: Shapes that do not fit each other, or D < 2.
+    """
+    from matplotlib.figure import Figure
+
+    draws = _array(draws)
+    observed = None if y is None else _array(y)
+    if draws.ndim != 2 or len(draws) == 0 or draws.shape[1] < 2:
+        raise ValueError(f"draws has shape {draws.shape}, but samples of two outputs or more were expected, (S, D).")
+    outputs = draws.shape[1]
+    if len(labels) != outputs or (observed is not None and observed.shape != (outputs,)):
+        raise ValueError(f"draws has {outputs} outputs. Pass a label for each, and an observed value for each or none.")
+    if outputs == 2:
+        ax = _axes(None, (3.5, 2.7))
+        ax.plot(*draws.T, "o", color=color, markersize=2.6, alpha=0.45, markeredgewidth=0)
+        if observed is not None:
+            ax.plot(*observed[:, None], "x", color=_neutral(ax), markersize=8, markeredgewidth=1.8)
+        ax.set(xlabel=labels[0], ylabel=labels[1])
+        return _figure(ax)
+    shown = min(outputs, 6)
+    figure = Figure(figsize=(3.5, 0.95 * shown), layout="constrained")
+    axes = figure.subplots(shown, 1, squeeze=False)[:, 0]
+    for d, ax in enumerate(axes):
+        ax.hist(draws[:, d], bins=24, color=color, alpha=0.75, linewidth=0)
+        if observed is not None:
+            ax.axvline(observed[d], color=_neutral(ax), linewidth=1.0, linestyle=(0, (3, 2)))
+        ax.set_xlabel(labels[d])
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+    return figure
+
+
+@_styled
+def histogram(
+    values: Any, *, label: str = "y", bins: int = 30, color: str = COLORS[1], ax: Axes | None = None
+) -> Figure:
+    """Draw how numbers are spread, from their 0.5% to their 99.5% quantile.
+
+    Args:
+        values: Numbers, shape (B,); what is not finite is left out.
+        label: Their name and unit.
+        bins: Number of bars, at most; whole numbers with fewer values get one each.
+        color: Colour of the bars.
+        ax: Axes to draw into; by default a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: No finite value.
+    """
+    values = _values(values, "values")
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        raise ValueError("values has no finite number. Pass at least one.")
+    ax = _axes(ax, (3.5, 1.9))
+    low, high = np.quantile(values, [0.005, 0.995])
+    whole = bool((values == np.floor(values)).all())
+    if whole and high - low < bins:
+        edges = np.arange(math.floor(low), math.ceil(high) + 2) - 0.5
+    else:
+        edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)
+    ax.hist(values, bins=edges.tolist(), color=color, alpha=0.8, linewidth=0, rwidth=0.9)
+    ax.set(xlabel=label, ylabel="rows")
     return _figure(ax)
 
 
@@ -455,6 +669,36 @@ def _density_grid(
     margin = 0.04 * (high - low) + 1e-12
     steps = np.linspace(low - margin, high + margin, max(2, num_points - len(quantiles)))
     return np.sort(np.concatenate([steps, quantiles]), axis=0)
+
+
+def _circle_grid(
+    models: Mapping[str, PredictiveDistribution],
+    observed: NDArray[np.float64] | None,
+    num_points: int,
+    circle: tuple[float, float],
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Points of a whole turn around each row's mean, shape (G, B), and the targets on the same turn, shape (B,)."""
+    low, high = circle
+    if not low < high:
+        raise ValueError(f"circle is {circle}, but the ends of a range were expected, such as (0.0, 360.0).")
+    period = high - low
+    first = next(iter(models.values()))
+    start = _array(first.mean)[:, 0] - period / 2
+    levels = torch.linspace(0.02, 0.98, max(2, num_points // 6), dtype=torch.float64)
+    quantiles = np.concatenate([_array(p.quantile(levels)) for p in models.values()])
+    steps = np.linspace(start, start + period, max(2, num_points - len(quantiles)))
+    grid = np.sort(np.concatenate([steps, start + (quantiles - start) % period]), axis=0)
+    return grid, None if observed is None else start + (observed - start) % period
+
+
+def _circle_ticks(ax: Axes, circle: tuple[float, float]) -> None:
+    """Ticks at eighths of the turn at most, named as the range names them."""
+    low, high = circle
+    period = high - low
+    left, right = ax.get_xlim()
+    step = period / 4
+    ticks = low + step * np.arange(math.ceil((left - low) / step), math.floor((right - low) / step) + 1)
+    ax.set_xticks(ticks, [f"{low + (tick - low) % period:.4g}" for tick in ticks])
 
 
 def _on_grid(p: PredictiveDistribution, grid: NDArray[np.float64]) -> NDArray[np.float64]:

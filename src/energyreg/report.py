@@ -1,8 +1,9 @@
-"""Reports as one HTML page that needs nothing else: no network, no script, no other file.
+"""Reports as one HTML page that needs nothing else: no network, no other file.
 
 A `Report` compares models: scores with their meaning, densities of chosen rows, calibration, learning curves, the trust
-in log Z, the code and the facts of the run. A `SectionedReport` holds whatever sections it is given. Both follow the
-reader's light or dark setting, fit a phone, and print.
+in log Z, the code and the facts of the run. A `SectionedReport` holds whatever sections it is given; tables that can be
+sorted or filtered and galleries bring a script of their own, without which all of them is shown. Both kinds of page
+follow the reader's light or dark setting, fit a phone, and print.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Drawing",
     "Example",
+    "Gallery",
+    "GalleryItem",
     "ModelResult",
     "Partition",
     "Report",
@@ -184,12 +187,19 @@ class Table:
     Args:
         label: What it is, for those who hear the page.
         headings: Of its columns.
-        rows: Texts, or mappings of `text` and `share`, a number from 0 to 1 that is drawn as a bar.
+        rows: Texts, or mappings of `text` with any of `share` (a number from 0 to 1 that is drawn as a bar), `sort`
+            (what it is sorted by) and `href` (where it leads, in the page).
+        sortable: Whether a click on a heading sorts the rows.
+        filters: What can be chosen → the value of each row. The first value is chosen at first.
+        words: Columns of words, which may take several lines; the first column is one anyway.
     """
 
     label: str
     headings: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    sortable: bool = False
+    filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    words: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -210,6 +220,46 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class GalleryItem:
+    """A figure of a gallery.
+
+    Args:
+        key: Its id in the page.
+        drawing: The figure; its title names it in the list.
+        tags: Groups that it belongs to.
+        facts: Term → fact, beside the figure.
+    """
+
+    key: str
+    drawing: Drawing
+    tags: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Figures of which one is shown at a time, to choose from; all of them without a script.
+
+    Args:
+        label: What it is, for those who hear the page.
+        items: The figures.
+    """
+
+    label: str
+    items: Sequence[GalleryItem]
+
+    @property
+    def tags(self) -> list[str]:
+        """The groups, in the order of their first figure."""
+        return list(dict.fromkeys(tag for item in self.items for tag in item.tags))
+
+    def tags_of(self, item: GalleryItem) -> str:
+        """Positions of an item's tags among those of the gallery, as the page holds them."""
+        tags = self.tags
+        return " ".join(str(tags.index(tag)) for tag in item.tags)
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page, with whatever it has.
 
@@ -222,6 +272,7 @@ class Section:
         drawings: Figures.
         facts: Term → fact.
         short: What it is called in the navigation, if not by its title.
+        gallery: Figures to choose from.
     """
 
     key: str
@@ -232,6 +283,12 @@ class Section:
     drawings: Sequence[Drawing] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     short: str = ""
+    gallery: Gallery | None = None
+
+    @property
+    def interactive(self) -> bool:
+        """Whether it has something to operate."""
+        return bool(self.gallery) or any(table.sortable or table.filters for table in self.tables)
 
 
 @dataclass(frozen=True)
@@ -250,12 +307,18 @@ class SectionedReport:
     sections: Sequence[Section]
     footer: Sequence[str] = ()
 
+    @property
+    def num_figures(self) -> int:
+        """How many figures `render` draws."""
+        return sum(len(s.drawings) + (len(s.gallery.items) if s.gallery else 0) for s in self.sections)
 
-def render(report: Report | SectionedReport) -> str:
+
+def render(report: Report | SectionedReport, *, progress: Callable[[int], None] = lambda figures: None) -> str:
     """Build the page.
 
     Args:
         report: What to show.
+        progress: Called with 1 after each figure of a `SectionedReport`.
 
     Returns:
         A complete HTML document.
@@ -275,17 +338,21 @@ def render(report: Report | SectionedReport) -> str:
         loader=jinja2.FunctionLoader(lambda name: files("energyreg").joinpath(name).read_text(encoding="utf-8")),
     )  # fmt: skip
     if isinstance(report, SectionedReport):
-        pictures = {
-            section.key: [
-                _Picture(
-                    _svg(drawing.draw, drawing.alternative, f"{section.key}-{index}"), drawing.caption, drawing.title
-                )
-                for index, drawing in enumerate(section.drawings)
-            ]
-            for section in report.sections
+
+        def picture(drawing: Drawing, name: str) -> _Picture:
+            drawn = _Picture(_svg(drawing.draw, drawing.alternative, name), drawing.caption, drawing.title)
+            progress(1)
+            return drawn
+
+        pictures = {s.key: [picture(d, f"{s.key}-{i}") for i, d in enumerate(s.drawings)] for s in report.sections}
+        galleries = {
+            s.key: [picture(item.drawing, f"{s.key}-item-{i}") for i, item in enumerate(s.gallery.items)]
+            for s in report.sections
+            if s.gallery
         }
+        interactive = any(section.interactive for section in report.sections)
         sections = environment.get_template("sections.html.jinja")
-        return sections.render(report=report, pictures=pictures, colors=plots.COLORS)
+        return sections.render(report=report, pictures=pictures, galleries=galleries, interactive=interactive)
     if not report.models:
         raise ValueError("report has no models. Pass at least one ModelResult.")
     for model in report.models:
@@ -307,12 +374,18 @@ def render(report: Report | SectionedReport) -> str:
     )
 
 
-def write(report: Report | SectionedReport, path: str | os.PathLike[str]) -> Path:
+def write(
+    report: Report | SectionedReport,
+    path: str | os.PathLike[str],
+    *,
+    progress: Callable[[int], None] = lambda figures: None,
+) -> Path:
     """Render the page into a file, all or nothing.
 
     Args:
         report: What to show.
         path: The file; its folder is made where it is missing.
+        progress: Called with 1 after each figure of a `SectionedReport`.
 
     Returns:
         The path.
@@ -321,7 +394,7 @@ def write(report: Report | SectionedReport, path: str | os.PathLike[str]) -> Pat
         OSError: The folder cannot be made or written to.
     """
     path = Path(path)
-    page = render(report)
+    page = render(report, progress=progress)
     write_atomically(path, page.encode())
     return path
 
