@@ -6,7 +6,8 @@ training has not seen, by two numbers:
 .. math:: p(y|x) = (1 - ε) \frac{p_0(y) \, r(x, y)^t}{\int p_0(y') \, r(x, y')^t \, dy'} + ε \, p_0(y),
    \qquad r(x, y) = \frac{p_\text{model}(y|x)}{p_0(y)}
 
-where p₀ is the reference measure, the smooth marginal of the training targets. t multiplies the energy relative to it:
+where p₀ is the reference measure, the smooth marginal of the training targets (of several outputs: the product of
+theirs). t multiplies the energy relative to it:
 0 is the marginal, 1 the model. So it is the same in whatever units y is measured, the tails stay p₀'s, and Z is finite;
 where p(y|x) is almost as wide as p₀, t shifts it towards p₀ (or away), too, as a shrinkage does.
 
@@ -27,6 +28,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energyreg.energy import EnergyFunction
+from energyreg.integrators import AdaptiveQuadrature, StratifiedQuadrature
+from energyreg.points import Cells, WeightedPoints
 from energyreg.predictive import HighestDensityRegion, PredictiveDistribution, Rows
 
 __all__ = ["Calibration", "ConformalIntervals", "ConformalRegions"]
@@ -35,6 +38,10 @@ POWERS = tuple(2 ** (i / 14) for i in range(-14, 15))
 """Inverse temperatures that are tried, from 1/2 to 2."""
 SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 """Shares of the base that are tried, besides the least one."""
+BASE_POINTS = 64
+"""Points that stand for the share of the base, where the others are samples."""
+CENTRAL = (0.05, 0.5, 0.95)
+"""Levels of the quantiles that the conformal intervals of several outputs are measured by."""
 
 
 # ---------------------------------------------------------------------------------------------- temperature and share
@@ -100,9 +107,12 @@ class CalibratedEnergy:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Temperature and defensive share of a predictive density, for one target dimension.
+    """Temperature and defensive share of a predictive density.
 
     Called with a predictive distribution, it returns the calibrated one.
+
+    For one dimension, and for two with a grid, the power of the density is normalised by quadrature. For several it is
+    normalised by the points that normalise the density itself: what a power does to each point's weight is known.
 
     Args:
         inverse_temperature: t, by which the energy relative to the base is multiplied: above 1 sharper than the model,
@@ -141,15 +151,14 @@ class Calibration:
 
         Args:
             p: What the model predicts for the validation rows.
-            y: Their targets, shape (B, 1) or (B,).
+            y: Their targets, shape (B, D), or (B,) for D = 1.
             sample_weight: Weights of the rows, shape (B,).
             least_share: Share of the base that is kept in any case. By default 1 / (2 B + 4), at most 0.02: where none
                 of B rows fell into a hole, the next one still may, and the price of this insurance is 1 / (2 B) nats.
 
         Raises:
-            ValueError: If the target has several dimensions, or an argument cannot be used.
+            ValueError: If an argument cannot be used.
         """
-        _one_dimensional(p, "Calibration")
         count = p.batch_shape[0]
         targets = p._as_target(y)
         weight = torch.ones(count, dtype=torch.double) if sample_weight is None else torch.as_tensor(sample_weight)
@@ -174,14 +183,9 @@ class Calibration:
         return cls(*best) if clear else as_it_is
 
     def __call__(self, p: PredictiveDistribution) -> PredictiveDistribution:
-        """Return the calibrated distribution of the same rows; p itself where there is nothing to change.
-
-        Raises:
-            ValueError: If the target has several dimensions.
-        """
+        """Return the calibrated distribution of the same rows; p itself where there is nothing to change."""
         if self.inverse_temperature == 1 and self.base_share == 0:
             return p
-        _one_dimensional(p, "Calibration")
         return CalibratedDistribution(p, self)
 
 
@@ -214,6 +218,14 @@ class CalibratedDistribution(PredictiveDistribution):
         """Log of the integral of the tempered density, (B,); computed once, for all rows."""
         if self._tempered is None:
             p, t = self.uncalibrated, self.calibration.inverse_temperature
+            if t != 1 and not _by_quadrature(p):
+
+                def log_tempered(chunk: Any) -> Tensor:
+                    log_weights, relative = _weights_and_relative(p, chunk)
+                    return t * chunk.log_partition + (log_weights + (t - 1) * relative).logsumexp(0)
+
+                self._tempered = p._gather(log_tempered)
+                return self._tempered
 
             def energy(rows: Rows) -> Any:
                 return CalibratedEnergy(p._energy(rows), t)
@@ -222,14 +234,45 @@ class CalibratedDistribution(PredictiveDistribution):
             self._tempered = p.log_partition if t == 1 else same.log_partition
         return self._tempered
 
+    def _num_points(self) -> int:
+        added = 0 if _by_quadrature(self) or self.calibration.base_share == 0 else BASE_POINTS
+        return self.uncalibrated._num_points() + added
+
+    def _integrate(self, f: Any, rows: slice) -> Cells | WeightedPoints:
+        if _by_quadrature(self):
+            return super()._integrate(f, rows)
+        p, t, share = self.uncalibrated, self.calibration.inverse_temperature, self.calibration.base_share
+        chunk = p._compute(rows)
+        log_weights, relative = _weights_and_relative(p, chunk)
+        log_weights = (log_weights + (t - 1) * relative).log_softmax(0)
+        if share == 0:
+            return WeightedPoints(chunk.z, log_weights.to(self._dtype), chunk.points.independent)
+        # The samples would hardly ever fall where only the base has density; so it gets points of its own.
+        sobol = torch.quasirandom.SobolEngine(self._dim, scramble=True, seed=self._seed)
+        unit = sobol.draw(BASE_POINTS, dtype=torch.double).clamp(1e-7, 1 - 1e-7).to(self._device, self._dtype)
+        of_base = f.reference.from_unit(unit[:, None]).expand(-1, f.batch_size, -1)
+        log_share = log_weights.new_full((BASE_POINTS, f.batch_size), math.log(share / BASE_POINTS))
+        both = torch.cat([log_weights + math.log1p(-share), log_share])
+        points = torch.cat([chunk.z.expand(-1, f.batch_size, -1).to(self._dtype), of_base.to(self._dtype)])
+        return WeightedPoints(points, both.to(self._dtype), chunk.points.independent)
+
 
 def _settings(p: PredictiveDistribution) -> dict[str, Any]:
     return {"dtype": p._dtype, "device": p._device, "seed": p._seed, "memory_budget": p._budget}
 
 
-def _one_dimensional(p: PredictiveDistribution, what: str) -> None:
-    if p.event_shape[0] != 1:
-        raise ValueError(f"{what} is for one target dimension, but p predicts {p.event_shape[0]}.")
+def _by_quadrature(p: PredictiveDistribution) -> bool:
+    return isinstance(p.integrator, (AdaptiveQuadrature, StratifiedQuadrature))
+
+
+def _weights_and_relative(p: PredictiveDistribution, chunk: Any) -> tuple[Tensor, Tensor]:
+    """Normalised log-weights of the points and their log-density relative to the reference, (M, B) both, in double."""
+    log_weights = chunk.log_weights.double().log_softmax(0)
+    z = chunk.z.to(p._dtype)
+    jacobian = p._space.log_abs_det_jacobian(p._space.to_user(z)) + chunk.f.reference.log_prob(z).double()
+    relative = p._point_density(chunk).double() - chunk.log_partition.double() - jacobian
+    # A point of no weight stays one, whatever the power.
+    return log_weights, torch.where(log_weights > -torch.inf, relative, torch.zeros_like(relative))
 
 
 def _log_calibrated(log_density: Tensor, share: float) -> Tensor:
@@ -243,14 +286,16 @@ def _tempered(p: PredictiveDistribution, y: Tensor) -> tuple[Tensor, Tensor]:
 
     def columns(chunk: Any) -> Tensor:
         cells = chunk.cells
-        if cells is None:
-            raise ValueError("Calibration needs the integrator AdaptiveQuadrature, the default for one dimension.")
-        log_masses, log_z = cells.log_masses.double(), cells.log_masses.double().logsumexp(0)
-        at_nodes = log_masses - log_z - cells.log_widths
         z = p._space.to_model(y[chunk.rows]).to(p._dtype)
-        at_target = (chunk.f(z) - chunk.f.reference.log_prob(z)).double() - log_z
-        powers = torch.tensor(POWERS, dtype=torch.double, device=log_z.device)
-        log_zs = torch.stack([(log_masses - log_z + (t - 1) * at_nodes).logsumexp(0) for t in powers])
+        at_target = (chunk.f(z) - chunk.f.reference.log_prob(z)).double()
+        if cells is None:
+            log_weights, relative = _weights_and_relative(p, chunk)
+            at_target = at_target - chunk.log_partition.double()
+        else:
+            log_z = cells.log_masses.double().logsumexp(0)
+            log_weights = cells.log_masses.double() - log_z
+            relative, at_target = log_weights - cells.log_widths, at_target - log_z
+        log_zs = torch.stack([(log_weights + (t - 1) * relative).logsumexp(0) for t in POWERS])
         return torch.cat([at_target[None], log_zs]).T
 
     both = p._gather(columns).cpu().T
@@ -447,9 +492,15 @@ def _threshold(chunk: Any, density: Tensor, mass: Tensor) -> Tensor:
 
 
 class ConformalIntervals(_Conformal):
-    r"""Equal-tailed intervals with exact marginal coverage in finite samples, for one dimension that is no angle.
+    r"""Intervals with exact marginal coverage in finite samples, for dimensions that are no angles.
 
-    The score of a row is :math:`|2 F(y|x) - 1|`, so the interval is the predictive one of another level.
+    For one dimension the score of a row is :math:`|2 F(y|x) - 1|`, so the interval is the predictive one of another
+    level. For several outputs all intervals of a row hold theirs **together** with the given probability: the score is
+
+    .. math:: \max_d \max\left(\frac{z_d - m_d}{u_d - m_d}, \frac{m_d - z_d}{m_d - l_d}\right)
+
+    in model space, with the median m and the quantiles l and u at 0.05 and 0.95 of each output's marginal; so each
+    interval is the predictive one, longer or shorter by one factor for all.
 
     Args:
         source: As for :class:`ConformalRegions`.
@@ -461,28 +512,50 @@ class ConformalIntervals(_Conformal):
         ValueError: If an argument cannot be used.
 
     Source:
-        Chernozhukov, Wüthrich and Zhu, "Distributional conformal prediction", PNAS 2021.
+        Chernozhukov, Wüthrich and Zhu, "Distributional conformal prediction", PNAS 2021 (one dimension); Romano,
+        Patterson and Candès, "Conformalized quantile regression", NeurIPS 2019 (scores from quantiles).
     """
 
     def _score(self, p: PredictiveDistribution, y: Tensor) -> Tensor:
-        _one_dimensional(p, "ConformalIntervals")
-        if p._space.periodic[0]:
+        if any(p._space.periodic):
             raise ValueError("ConformalIntervals has no beginning to count from on a circle; use ConformalRegions.")
-        return (2 * p.cdf(y) - 1).abs()
+        if p.event_shape[0] == 1:
+            return (2 * p.cdf(y) - 1).abs()
+        below, middle, above = self._central(p)
+        z = p._space.to_model(y)
+        return torch.maximum((z - middle) / above, (middle - z) / below).amax(-1)
+
+    @staticmethod
+    def _central(p: PredictiveDistribution) -> tuple[Tensor, Tensor, Tensor]:
+        """Median in model space and the lengths below and above it, shape (B, D) each."""
+        low, middle, high = p._space.to_model(p._central(list(CENTRAL)))
+        tiny = torch.finfo(torch.float32).eps
+        return (middle - low).clamp_min(tiny), middle, (high - middle).clamp_min(tiny)
 
     def __call__(self, x: Any, level: float = 0.9, groups: Any = None) -> Tensor:
-        """The intervals of new rows, shape (B, 2); from -inf to inf where there are too few calibration rows.
+        """The intervals of new rows; from -inf to inf where there are too few calibration rows.
 
         Args:
             x: Inputs, B rows.
             level: Coverage.
             groups: Their labels, if the calibration rows have some.
 
+        Returns:
+            Lower and upper ends in user units, shape (B, 2) for D = 1, else (B, D, 2).
+
         Raises:
             ValueError: If the level is not in (0, 1), or groups do not fit those of the calibration rows.
         """
         p = self.distribution(x)
         q = self._quantiles(level, groups, p.batch_shape[0]).to(p._device)
+        if p.event_shape[0] > 1:
+            below, middle, above = self._central(p)
+            factor = torch.where(q.isfinite(), q, 0.0)[:, None]
+            ends = torch.stack(
+                [p._space.to_user(middle - factor * below), p._space.to_user(middle + factor * above)], -1
+            )
+            everything = torch.tensor([-torch.inf, torch.inf], dtype=ends.dtype, device=ends.device)
+            return torch.where(q.isfinite()[:, None, None], ends, everything)
         inner = q.clamp_max(1)
         ends = p.icdf(torch.stack([(1 - inner) / 2, (1 + inner) / 2]))
         everything = torch.tensor([[-torch.inf], [torch.inf]], dtype=ends.dtype, device=ends.device)

@@ -21,12 +21,13 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from . import bases, encoders, heads, proposals, spaces
+from .chain import ChainEncoder, EnergyChain
 from .ensemble import EnergyEnsemble
 from .model import EnergyRegressionModel
 
@@ -50,6 +51,8 @@ FORMAT_VERSION = "1"
 KNOWN_CLASSES: tuple[type[nn.Module], ...] = (
     EnergyRegressionModel,
     EnergyEnsemble,
+    EnergyChain,
+    ChainEncoder,
     *(
         member
         for module in (spaces, bases, proposals, heads, encoders)
@@ -58,16 +61,17 @@ KNOWN_CLASSES: tuple[type[nn.Module], ...] = (
     ),
 )
 PARTS = ("encoder", "head", "proposal", "base", "space")
-# Where a model stands in a description: by itself, or as a member of an ensemble.
-MODEL = re.compile(r"model(\.members\[\d+\])?")
+Model: TypeAlias = EnergyRegressionModel | EnergyEnsemble | EnergyChain
+# Where a model stands in a description: by itself, as a member of an ensemble, or as a factor of a chain.
+MODEL = re.compile(r"model(\.factors\[\d+\])?(\.members\[\d+\])?")
 
 
 class CheckpointError(ValueError):
     """A file that cannot be loaded, or a model that cannot be saved; the message names the file and what is wrong."""
 
 
-def save(model: EnergyRegressionModel | EnergyEnsemble, path: str | os.PathLike[str]) -> Path:
-    """Write a model, or an ensemble with all its members, to one safetensors file.
+def save(model: Model, path: str | os.PathLike[str]) -> Path:
+    """Write a model, an ensemble with all its members, or a chain with all its factors, to one safetensors file.
 
     The file is written beside its final place and moved there when it is complete, so that an interrupted or failed
     write leaves an older file as it was. Parts that are not this library's (your own encoder, a zuko flow) are stored
@@ -81,15 +85,15 @@ def save(model: EnergyRegressionModel | EnergyEnsemble, path: str | os.PathLike[
         The path of the file, with its suffix.
 
     Raises:
-        CheckpointError: If model is neither an EnergyRegressionModel nor an EnergyEnsemble, or holds something that
+        CheckpointError: If model is no EnergyRegressionModel, EnergyEnsemble or EnergyChain, or holds something that
             cannot be stored.
         OSError: If the file cannot be written (a read-only or full disk); the message says so, an older file is intact.
     """
     path = _with_suffix(path)
-    if type(model) not in (EnergyRegressionModel, EnergyEnsemble):
+    if type(model) not in (EnergyRegressionModel, EnergyEnsemble, EnergyChain):
         raise CheckpointError(
-            f"save() was given a {type(model).__name__}; expected an EnergyRegressionModel or EnergyEnsemble (not a "
-            "subclass: a file cannot rebuild one). For other modules use "
+            f"save() was given a {type(model).__name__}; expected an EnergyRegressionModel, EnergyEnsemble or "
+            "EnergyChain (not a subclass: a file cannot rebuild one). For other modules use "
             "safetensors.torch.save_file(module.state_dict(), path)."
         )
     config = json.dumps(_describe(model, "model", {}), allow_nan=False)
@@ -106,7 +110,7 @@ def load(
     base: nn.Module | None = None,
     space: nn.Module | None = None,
     map_location: str | torch.device = "cpu",
-) -> EnergyRegressionModel | EnergyEnsemble:
+) -> Model:
     """Read a model or an ensemble that :func:`save` wrote.
 
     It is in evaluation mode, and its ``log_prob`` is bit-equal to that of the saved one.
@@ -139,14 +143,14 @@ def load(
 
 def _build(
     path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str], parts: Mapping[str, nn.Module | None]
-) -> EnergyRegressionModel | EnergyEnsemble:
+) -> Model:
     """The model that a file describes, with its tensors."""
     try:
         config = json.loads(metadata["config"])
         # Constructors draw initial weights; the caller's random state is none of their business.
         with torch.random.fork_rng(devices=[]):
             model = _Builder(parts).build(config)
-        if not isinstance(model, (EnergyRegressionModel, EnergyEnsemble)):
+        if not isinstance(model, (EnergyRegressionModel, EnergyEnsemble, EnergyChain)):
             raise _DescriptionError(f"it describes a {type(model).__name__}, not an EnergyRegressionModel.")
         _fill(model, tensors)
     except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
@@ -155,9 +159,7 @@ def _build(
     return model
 
 
-def save_estimator(
-    model: EnergyRegressionModel | EnergyEnsemble, state: Mapping[str, Any], path: str | os.PathLike[str]
-) -> Path:
+def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write a model together with what an estimator knows besides, with the guards of :func:`save`.
 
     Args:
@@ -181,7 +183,7 @@ def save_estimator(
     return path
 
 
-def load_estimator(path: str | os.PathLike[str]) -> tuple[EnergyRegressionModel | EnergyEnsemble, dict[str, Any]]:
+def load_estimator(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
     """Read what :func:`save_estimator` wrote.
 
     Args:

@@ -1,0 +1,1 @@
+"""Several outputs: the joint model, the chain and mixtures of full covariance, on known densities and head poses."""
