@@ -59,6 +59,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "exact, float32": (energy, {"precision": "32-true"}),
     "one batch an epoch": (energy, {"batch_size": 1000, "validation": None, "epochs": 6}),
     "odd batch": (energy, {"batch_size": 33}),
+    "weights": (energy, {"sample_weight": torch.arange(N) % 4}),
     "unused head": (with_idle_head, {"objective": ProposalNLL()}),
     "validation loader": (energy, {"validation": DataLoader(TensorDataset(X, Y), batch_size=20, shuffle=True)}),
 }

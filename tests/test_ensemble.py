@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +237,67 @@ def test_members_of_different_kind_and_proposals_of_any_kind() -> None:
     q = ensemble(X[:2])._energy(slice(0, 2)).q
     samples = q.sample((20_000,))
     assert torch.allclose(samples.mean(0), torch.stack([part.mean for part in q.parts]).mean(0), atol=0.05)
+
+
+def test_members_may_differ_in_what_made_their_initial_weights() -> None:
+    scales = iter([0.1, 0.5, 2.0])
+
+    def build() -> Model:
+        return Model.for_table(2, width=8, dropout=0.0, frequency_scale=next(scales))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # there would be a warning if they were trained one after the other
+        ensemble = fit_ensemble(build)
+    frequencies = [float(member.encoder.frequencies.detach().std()) for member in ensemble.members]
+    assert frequencies == sorted(frequencies)
+    assert frequencies[2] > 5 * frequencies[0]
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_those_of_the_mixture(tmp_path: Path) -> None:
+    ensemble = untrained(few_rows)
+    ensemble.weights = [0.7, 0.3, 0.0]
+    p, y = ensemble(X[:6]), Y[:6]
+    densities = torch.stack([member.prob(y).double() for member in p.members])
+    assert torch.allclose(p.prob(y).double(), 0.7 * densities[0] + 0.3 * densities[1], rtol=1e-4)
+    means = torch.stack([member.mean for member in p.members])
+    assert torch.allclose(p.mean, 0.7 * means[0] + 0.3 * means[1], atol=2e-3)
+    found = p.uncertainty()
+    assert torch.allclose(found.total_variance, p.variance, rtol=0.05)
+    entropies = torch.stack([member.entropy() for member in p.members])
+    assert torch.allclose(found.aleatoric_entropy, 0.7 * entropies[0] + 0.3 * entropies[1], atol=2e-2)
+    again = er.load(er.save(ensemble, tmp_path / "weighted"))
+    assert again.weights == [0.7, 0.3, 0.0]
+    assert torch.equal(again(X[:6]).log_prob(y), p.log_prob(y))
+
+
+def test_fitted_weights_are_the_best() -> None:
+    ensemble = untrained(few_rows, count=2)
+    x, y = X[:200], Y[:200]
+    first, second = torch.stack([member(x).log_prob(y).double() for member in ensemble.members])
+    rows = torch.linspace(0, 2, len(y), dtype=torch.double)
+    fitted = ensemble.fit_weights(x, y, rows, prior=4.0)
+    # One weight is free: a grid tells the maximum.
+    grid = torch.linspace(1e-4, 1 - 1e-4, 9_999, dtype=torch.double)[:, None]
+    value = (rows * torch.logaddexp(first + grid.log(), second + (1 - grid).log())).sum(1)
+    value = value + 2 * (grid.log() + (1 - grid).log())[:, 0]
+    assert fitted[0] == pytest.approx(float(grid[value.argmax()]), abs=2e-3)
+    assert sum(fitted) == pytest.approx(1)
+    far = ensemble.fit_weights(x, y, prior=1e9)
+    assert far == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_bad_weights_are_refused() -> None:
+    ensemble = untrained(marginal)
+    for weights in ([0.5, 0.5], [0.5, 0.6, -0.1], [0.2, 0.2, 0.2], [math.nan, 0.5, 0.5]):
+        with pytest.raises(ValueError, match=r"weights is .*expected 3 numbers"):
+            er.EnergyEnsemble(ensemble.members, weights)
+    with pytest.raises(ValueError, match="prior is 0"):
+        ensemble.fit_weights(X, Y, prior=0)
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(3,\)"):
+        ensemble.fit_weights(X, Y, [1.0, 1.0, 1.0])
 
 
 # Uncertainty ------------------------------------------------------------------------------------------------------
@@ -603,3 +666,41 @@ def test_saved_ensemble_with_an_encoder_of_the_users(tmp_path: Path) -> None:
     loaded = er.load(path, encoder=Normalising())
     assert torch.equal(loaded(X).log_prob(Y), ensemble(X).log_prob(Y))
     assert loaded.members[0].encoder is not loaded.members[1].encoder
+
+
+# Weights of rows, and a limit of time ---------------------------------------------------------------------------------
+
+
+def test_members_with_weights_are_those_of_separate_trainings() -> None:
+    weight = torch.arange(len(X)) % 3
+    settings = {"epochs": 3, "batch_size": 32, "validation": (X, Y, weight), "precision": "64-true"}
+    ensemble = fit_ensemble(sample_weight=weight, seed=5, **settings)
+    unweighted = fit_ensemble(seed=5, **settings)
+    for number, history in enumerate(ensemble.histories):
+        alone = er.fit(seeded(marginal, 5 + number), X, Y, sample_weight=weight, seed=5 + number, **settings)
+        assert history.validation_nll == pytest.approx(alone.validation_nll, abs=1e-3)
+        assert history.validation_nll != pytest.approx(unweighted.histories[number].validation_nll, abs=1e-3)
+
+
+def test_weights_and_limit_reach_members_that_are_trained_one_after_the_other() -> None:
+    weight = torch.where(torch.arange(len(X)) % 2 == 0, 1.0, 0.0)
+    models = [Model.for_table(2, width=width) for width in (8, 9)]
+    with pytest.warns(UserWarning, match="one after the other"):
+        one = fit_ensemble(copy.deepcopy(models), sample_weight=weight)
+    with pytest.warns(UserWarning, match="one after the other"):
+        other = fit_ensemble(copy.deepcopy(models), X[::2], Y[::2])
+    assert [h.validation_nll for h in one.histories] == [h.validation_nll for h in other.histories]
+    with pytest.warns(UserWarning) as told:
+        late = fit_ensemble(copy.deepcopy(models), time_limit=1e-3, epochs=50)
+    assert sum("time of" in str(warning.message) for warning in told) == 2
+    assert len(late) == 2 and all(history.timed_out for history in late.histories)
+
+
+def test_the_limit_of_time_is_that_of_all_members_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(training, "time", type("Ticks", (), {"perf_counter": staticmethod(lambda: float(next(ticks)))}))
+    monkeypatch.setattr(ensemble_training, "time", training.time)
+    with pytest.warns(UserWarning, match="the members have the weights of their best epochs up to"):
+        ensemble = fit_ensemble(epochs=1000, time_limit=100)
+    assert all(history.timed_out and all(map(math.isfinite, history.validation_nll)) for history in ensemble.histories)
+    assert next(ticks) < 120 and torch.isfinite(ensemble(X).log_prob(Y)).all()

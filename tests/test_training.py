@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 import warnings
@@ -909,3 +910,242 @@ def test_few_rows_are_trained_on_in_small_batches(rows: int, expected: int) -> N
     x = torch.linspace(-1, 1, rows)[:, None]
     er.fit(model, x, x.sin(), objective=objective, validation=None, epochs=1, progress=False)
     assert set(seen) == {expected}
+
+
+# ---------------------------------------------------------------------------------------------- weights of rows
+
+
+def gradients(model: er.EnergyRegressionModel, x: Tensor, y: Tensor, **settings: Any) -> dict[str, Tensor]:
+    """How far training in whole batches moves the weights."""
+    start = weights(model)
+    settings = {"epochs": 1, "batch_size": len(y), "validation": None, "weight_decay": 0.0} | settings
+    fit(model, x, y, schedule="constant", gradient_clip=None, **settings)
+    return {name: value - start[name] for name, value in weights(model).items() if value.is_floating_point()}
+
+
+@dataclasses.dataclass
+class PlainLikelihood:
+    """The exact likelihood on a grid of fixed nodes: the loss of a row depends on nothing but the row."""
+
+    def __call__(self, f: Any, q: Any, z: Tensor, *, generator: torch.Generator) -> Loss:
+        grid = torch.linspace(-5, 5, 201)[:, None, None].to(z)
+        return Loss((f(grid) + math.log(0.05)).logsumexp(0) - f(z), {})
+
+
+def fitted(dropout: float = 0.0) -> er.EnergyRegressionModel:
+    model = make_model(dropout=dropout)
+    model.fit_preprocessing(X, Y)
+    return model
+
+
+def test_whole_weights_are_repeated_rows_and_zero_weights_absent_ones() -> None:
+    counts = torch.arange(N) % 4
+    rows = torch.arange(N).repeat_interleave(counts)
+    # Double precision, as Adam makes a step of the same size of a gradient that is nothing but rounding.
+    settings: dict[str, Any] = {"objective": PlainLikelihood(), "epochs": 3, "precision": "64-true"}
+    a = gradients(fitted(), X[rows], Y[rows], **settings)
+    b = gradients(fitted(), X, Y, sample_weight=counts, **settings)
+    unweighted = gradients(fitted(), X, Y, **settings)
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
+    assert max(float((a[name] - unweighted[name]).abs().max()) for name in a) > 1e-3
+
+
+def test_rows_of_weight_zero_change_nothing_at_all() -> None:
+    keep = torch.arange(N) % 3 > 0
+    weight = torch.where(keep, torch.rand(N, generator=torch.Generator().manual_seed(1)) + 0.1, 0.0)
+    wild = torch.where(keep[:, None], X, 1e6)
+    first, second = make_model(), make_model()
+    a = fit(first, wild, Y, sample_weight=weight)
+    b = fit(second, X[keep], Y[keep], sample_weight=weight[keep])
+    assert same(weights(first), weights(second)) and a.validation_nll == b.validation_nll
+
+
+def test_equal_weights_are_none_and_only_ratios_matter() -> None:
+    histories = [
+        fit(make_model(), sample_weight=weight)
+        for weight in (None, np.full(N, 7.0), 1.0 + torch.arange(N) % 2, 8.0 * (1.0 + torch.arange(N) % 2))
+    ]
+    assert histories[0].validation_nll == histories[1].validation_nll
+    assert histories[2].validation_nll == histories[3].validation_nll != histories[0].validation_nll
+
+
+def test_validation_nll_is_weighted() -> None:
+    x_val, y_val = table(50, 1)
+    weight = torch.arange(50) % 3
+    model = make_model()
+    history = fit(model, validation=(x_val, y_val, weight), epochs=2)
+    log_prob = model(x_val).log_prob(y_val).double()
+    expected = -float((log_prob * weight).sum() / weight.sum())
+    assert history.best_validation_nll == pytest.approx(expected, abs=1e-5)
+    assert abs(expected + float(log_prob.mean())) > 1e-3
+
+
+def test_weighted_training_resumes_exactly_and_refuses_other_weights(tmp_path: Path) -> None:
+    weight = 1.0 + torch.arange(N) % 3
+    straight, resumed = make_model(), make_model()
+    fit(straight, sample_weight=weight, objective=Sabotage(0, interrupt))
+    with pytest.warns(UserWarning, match="interrupted"):
+        fit(resumed, sample_weight=weight, objective=Sabotage(5, interrupt), checkpoint_dir=tmp_path)
+    again = make_model()
+    with pytest.raises(er.CheckpointError, match="training data: the values are others"):
+        fit(again, objective=Sabotage(0, interrupt), sample_weight=weight**2, checkpoint_dir=tmp_path, resume=True)
+    fit(again, sample_weight=weight, objective=Sabotage(0, interrupt), checkpoint_dir=tmp_path, resume=True)
+    assert same(weights(straight), weights(again))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (np.ones(3), r"sample_weight has shape \(3,\); expected \(200,\), one weight for each row"),
+        (np.ones((N, 1)), r"sample_weight has shape \(200, 1\)"),
+        (np.where(np.arange(N) == 4, -1.0, 1.0), r"sample_weight has -1\.0 in row 4; expected finite numbers ≥ 0"),
+        (np.where(np.arange(N) == 7, np.nan, 1.0), "sample_weight has nan in row 7"),
+        (np.zeros(N), "sample_weight is 0 in every row"),
+        (np.where(np.arange(N) == 7, 1.0, 0.0), "x has 1 row with a weight above 0; expected at least 2"),
+        (["much"] * N, "sample_weight is a list; expected numbers, one a row"),
+    ],
+)
+def test_wrong_weights_are_refused(weight: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(make_model(), sample_weight=weight)
+
+
+def test_weights_need_arrays() -> None:
+    loader = DataLoader(TensorDataset(X, Y), batch_size=50)
+    with pytest.raises(ValueError, match=r"sample_weight is given, but x is a DataLoader.*WeightedRandomSampler"):
+        fit(make_model(), loader, None, batch_size=None, sample_weight=np.ones(N))
+
+
+def test_units_of_many_rows_are_learned_on_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PREPROCESSING_ROWS", 100)
+    some, again, all_rows = make_model(), make_model(), make_model()
+    fit(some, epochs=1)
+    fit(again, epochs=1)
+    monkeypatch.undo()
+    fit(all_rows, epochs=1)
+    assert same(weights(some), weights(again))
+    assert not torch.equal(some.encoder.normalizer.knots, all_rows.encoder.normalizer.knots)
+    assert torch.equal(some.base.cdf_table, all_rows.base.cdf_table)
+
+
+# ---------------------------------------------------------------------------------------------- limit of time
+
+
+class Clock:
+    """Time as the test wants it; `training.time` is replaced by it.
+
+    Args:
+        validations: Seconds of each validation.
+    """
+
+    def __init__(self, *validations: float) -> None:
+        self.now, self.steps, self.validations = 100.0, 0, list(validations)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def __call__(self, f: Any, q: Any, z: Tensor, *, generator: torch.Generator) -> Loss:
+        """An objective that takes a second."""
+        self.steps += 1
+        self.now += 1.0
+        return ExactMaximumLikelihood(32)(f, q, z, generator=generator)
+
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(training, "time", self)
+        validate = training._Training._validate
+
+        def slow(this: Any, model: Any) -> float:
+            self.now += self.validations.pop(0) if self.validations else 0.0
+            return validate(this, model)
+
+        monkeypatch.setattr(training._Training, "_validate", slow)
+
+
+# 4 steps an epoch.
+TIMED: dict[str, Any] = {"validation": table(50, 1), "batch_size": 50, "epochs": 10}
+
+
+def test_time_limit_stops_between_two_steps_with_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(2.0, 2.0)
+    clock.use(monkeypatch)
+    model = make_model()
+    match = (
+        r"stopped after 2 of 4 steps of epoch 2 of 10, as its time of 10\.5 s was up; the model has the weights of ep"
+    )
+    with pytest.warns(UserWarning, match=match):
+        history = fit(model, objective=clock, time_limit=10.5, **TIMED)
+    # 4 steps and their validation take 6 s, 2 more with theirs 4; a third would end after the limit.
+    assert clock.steps == 6 and clock.now == 110
+    assert history.timed_out and not history.interrupted and not history.stopped_early
+    assert "out of time" in repr(history)
+    assert len(history.validation_nll) == 2
+    assert nll(model, *TIMED["validation"]) == pytest.approx(min(history.validation_nll), abs=1e-5)
+
+
+def test_a_validation_that_would_be_late_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.0, 99.0)
+    clock.use(monkeypatch)
+    model, one = make_model(), make_model()
+    with pytest.warns(UserWarning, match="the model has the weights of epoch 1"):
+        history = fit(model, objective=clock, time_limit=7, **TIMED)
+    assert clock.steps == 6 and len(history.train_loss) == 1 and history.timed_out
+    clock = Clock()
+    clock.use(monkeypatch)
+    with pytest.warns(UserWarning, match="stopped after epoch 1 of 10"):
+        fit(one, objective=clock, time_limit=4.5, **TIMED)
+    assert same(weights(model), weights(one))
+
+
+def test_time_limit_within_the_first_epoch_leaves_the_weights_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    clock.use(monkeypatch)
+    model = make_model()
+    before = weights(model)
+    with pytest.warns(UserWarning, match="the model has the weights of the moment, as no epoch was complete"):
+        history = fit(model, objective=clock, time_limit=1e-3, **TIMED)
+    assert clock.steps == 1 and history.timed_out and history.train_loss == [] and not model.training
+    assert not same(weights(model), before)
+
+
+def test_without_validation_the_weights_at_the_end_of_the_time_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    clock.use(monkeypatch)
+    model = make_model()
+    with pytest.warns(UserWarning, match="2 of 4 steps of epoch 2"):
+        history = fit(model, objective=clock, time_limit=7, **{**TIMED, "validation": None})
+    after_one = make_model()
+    clock = Clock()
+    clock.use(monkeypatch)
+    with pytest.warns(UserWarning, match="stopped after epoch 1 of 10"):
+        fit(after_one, objective=clock, time_limit=4.5, **{**TIMED, "validation": None})
+    assert len(history.train_loss) == 2 and not same(weights(model), weights(after_one))
+
+
+def test_a_limit_that_is_not_reached_changes_nothing() -> None:
+    first, second = make_model(), make_model()
+    history = fit(first, time_limit=3600)
+    fit(second)
+    assert same(weights(first), weights(second)) and not history.timed_out
+
+
+def test_a_run_out_of_time_resumes_to_the_very_weights_of_a_straight_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    straight, resumed = make_model(), make_model()
+    settings = {**TIMED, "epochs": 4}
+    fit(straight, **settings)
+    now = iter(range(100, 10_000))
+    monkeypatch.setattr(training, "time", type("Ticks", (), {"perf_counter": staticmethod(lambda: float(next(now)))}))
+    with pytest.warns(UserWarning, match=r"Call fit\(\.\.\., resume=True\) to continue"):
+        fit(resumed, time_limit=30, checkpoint_dir=tmp_path, **settings)
+    monkeypatch.undo()
+    again = make_model()
+    history = fit(again, checkpoint_dir=tmp_path, resume=True, **settings)
+    assert same(weights(straight), weights(again)) and len(history.train_loss) == 4
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, "long", True, float("nan")])
+def test_a_wrong_time_limit_is_refused(limit: Any) -> None:
+    with pytest.raises(ValueError, match=r"time_limit is .*; expected a number of seconds > 0, or None"):
+        fit(make_model(), time_limit=limit)

@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import os
-import re
 import sys
 import time
 import traceback
@@ -43,6 +42,8 @@ EPILOG = (
     "far). Tables are CSV, Parquet or Feather, by their suffix; rows count from 1, without the header."
 )
 SAMPLES_AT_ONCE = 1_000_000
+LARGE_BYTES, LARGE_ROWS = 2**26, 250_000
+"""Size or rows of a table beyond which `fit` reads it in blocks instead of whole."""
 SECONDS_PER_LINE = 10.0
 
 app = typer.Typer(
@@ -306,20 +307,11 @@ def _about(path: Path, targets: Sequence[str], offset: int = 0) -> Iterator[None
         yield
     except (ValueError, TypeError) as error:
         from energyreg.checkpoint import CheckpointError
-        from energyreg.tablefiles import TableFileError
+        from energyreg.tablefiles import TableFileError, error_about
 
         if isinstance(error, (CheckpointError, TableFileError, InputError)):
             raise
-        text = re.sub(r"\brow (\d+)", lambda m: f"row {int(m[1]) + 1 + offset}", str(error))
-        if re.match(r"y\b", text):
-            text = re.sub(
-                r"column (\d+)",
-                lambda m: f"column {targets[int(m[1])]!r}" if int(m[1]) < len(targets) else m[0],
-                text,
-            )
-            text = re.sub(r"^y\b", "the target", text)
-        text = re.sub(r"\bX\b", "the table", text)
-        raise InputError(f"{path}: {text}") from error
+        raise InputError(str(error_about(error, path, targets, offset))) from error
 
 
 def _targets(frame: DataFrame, names: Sequence[str], path: Path, offset: int = 0) -> np.ndarray:
@@ -387,7 +379,13 @@ def fit(
         raise InputError(f"--time-budget is {time_budget}; expected a number of seconds above 0.")
     output = _model_path(output)
     _check_writable(output)
-    names, frame, y = _training_table(data, target, drop or [])
+    large = _is_large(data)
+    if large:
+        from energyreg.tablefiles import columns_of
+
+        names = [name for name in columns_of(data) if name not in {*target, *(drop or [])}]
+    else:
+        names, frame, y = _training_table(data, target, drop or [])
 
     from energyreg.estimator import EnergyRegressor
     from energyreg.training import TrainingError
@@ -405,7 +403,12 @@ def fit(
     # Whatever the training prints is no result: stdout is for those.
     with contextlib.redirect_stdout(sys.stderr), _about(data, target):
         try:
-            regressor.fit(frame, y if len(target) > 1 else y[:, 0], eval_set=held_out)
+            if large:
+                regressor.fit_file(data, list(target), drop=drop or [], eval_set=held_out)
+                rows = regressor._rows
+            else:
+                regressor.fit(frame, y if len(target) > 1 else y[:, 0], eval_set=held_out)
+                rows = len(frame)
         except TrainingError:
             raise
         except KeyboardInterrupt:
@@ -413,7 +416,7 @@ def fit(
     interrupted = any(history.interrupted for history in regressor.histories_)
     history = regressor.history_
     facts = {
-        "targets": list(target), "data": data.name, "rows": len(frame), "seconds": round(time.monotonic() - started, 1),
+        "targets": list(target), "data": data.name, "rows": rows, "seconds": round(time.monotonic() - started, 1),
         "version": _version(), "interrupted": interrupted, "seed": seed,
     }  # fmt: skip
     path = _save(regressor, output, facts)
@@ -422,9 +425,18 @@ def fit(
         _print_json({"model": str(path), **facts, "validation_nll": nll} | _about_training(regressor))
     elif not quiet:
         score = f", validation NLL {nll:.4f} nats" if nll is not None else ""
-        typer.echo(f"Wrote {path}: {len(frame):,} rows, {facts['seconds']} s{score}.")
+        typer.echo(f"Wrote {path}: {rows:,} rows, {facts['seconds']} s{score}.")
     if interrupted:
         _stop(f"The training was interrupted; {path} has the best model so far.", INTERRUPTED)
+
+
+def _is_large(path: Path) -> bool:
+    """Whether a table is to be read in blocks; what cannot be read is not, as the reader has more to say of it."""
+    from energyreg import tablefiles
+
+    with contextlib.suppress(OSError):
+        return path.stat().st_size > LARGE_BYTES or tablefiles.count_rows(path) > LARGE_ROWS
+    return False
 
 
 def _about_training(regressor: EnergyRegressor) -> dict[str, Any]:
@@ -756,7 +768,7 @@ def report(
     if fitted.columns is None:
         raise InputError(f"{model}: was fitted on a table without column names, which a report needs.")
     _check_writable(output)
-    frame = _some_rows(fitted, data, names, identifier, max_rows, seed)
+    frame, total = _some_rows(fitted, data, names, identifier, max_rows, seed)
     x, y = fitted.inputs(frame, data), _targets(frame, names, data)
     labels = [str(value) for value in (frame.index if identifier is None else frame[identifier])]
     facts = {
@@ -767,17 +779,21 @@ def report(
     with _Progress("Report", "steps", table_report.number_of_steps(x), quiet) as progress, _about(data, names):
         page = table_report.describe(
             fitted.regressor, x, y, names, title=f"Densities of {' and '.join(names)}", labels=labels, facts=facts,
-            seed=seed, progress=progress,
+            total=total, seed=seed, progress=progress,
         )  # fmt: skip
-    reports.write(page, output)
+    with _Progress("Drawing", "figures", page.num_figures, quiet) as progress:
+        reports.write(page, output, progress=progress)
     if not quiet:
-        typer.echo(f"Wrote {output}: {len(frame):,} rows.")
+        typer.echo(f"Wrote {output}: {len(frame):,} rows" + (f" of {total:,}." if total > len(frame) else "."))
 
 
 def _some_rows(
     fitted: _Fitted, data: Path, names: Sequence[str], identifier: str | None, limit: int, seed: int
-) -> DataFrame:
-    """Rows of a table, chosen at random where it has more than the limit; the index is their number in the file."""
+) -> tuple[DataFrame, int]:
+    """Rows of a table, chosen at random where it has more than the limit, and how many it has.
+
+    The index of the rows is their number in the file.
+    """
     import numpy as np
     import pandas
 
@@ -802,7 +818,7 @@ def _some_rows(
     assert kept is not None
     if len(kept) < 2:
         raise InputError(f"{data}: the table has one row; a report needs at least 2, and better 100.")
-    return kept
+    return kept, done
 
 
 @_command

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def fit_ensemble(
     y: Any = None,
     *,
     n_members: int | None = None,
+    sample_weight: Any = None,
     objective: Any = None,
     validation: Any = "auto",
     epochs: int = 100,
@@ -48,6 +50,7 @@ def fit_ensemble(
     schedule: str = "one-cycle",
     gradient_clip: float | None = 10.0,
     patience: int | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -68,7 +71,8 @@ def fit_ensemble(
     DataLoader, several devices or precision "16-mixed"; members of different structure; and parts that keep running
     statistics (batch normalisation) or that :func:`torch.func.vmap` refuses. A warning says so where it is not plain
     from the arguments. Then each member has its own folder in `checkpoint_dir`, `patience` counts for each member by
-    itself, and Ctrl-C ends the ensemble with the members that were reached.
+    itself, Ctrl-C ends the ensemble with the members that were reached, and each member that is left gets an equal
+    share of the time that is left.
 
     Args:
         build: Makes an untrained model, called without arguments; or the models, of which those that were fitted before
@@ -76,6 +80,7 @@ def fit_ensemble(
         x: As in :func:`energyreg.fit`, like all arguments that are not described here.
         y: As in `fit`.
         n_members: How many models to build; 5 by default. Models that are given are counted.
+        sample_weight: As in `fit`.
         objective: As in `fit`.
         validation: As in `fit`; the fraction is chosen by `seed`, the same rows for all members.
         epochs: As in `fit`.
@@ -85,6 +90,7 @@ def fit_ensemble(
         schedule: As in `fit`.
         gradient_clip: As in `fit`: largest norm of the gradient of each member.
         patience: Stop after this many epochs in which no member has improved; None for never.
+        time_limit: As in `fit`: seconds for all members together.
         seed: Seed of the first member; member i has seed + i.
         checkpoint_dir: As in `fit`.
         resume: As in `fit`.
@@ -119,6 +125,8 @@ def fit_ensemble(
         "resume": resume, "progress": progress, "accelerator": accelerator, "devices": devices, "precision": precision,
         "strategy": strategy,
     }  # fmt: skip
+    started = time.perf_counter()
+    training._check_time_limit(time_limit)
     members = _build(build, n_members, seed)
     reason = _refused_arguments(x, accelerator, devices, precision, strategy, members[0])
     if reason is None:
@@ -127,15 +135,25 @@ def fit_ensemble(
         assemble = _Assemble(members, first)
         try:
             histories = training._fit(
-                first, x, y, validation=validation, seed=seed, checkpoint_dir=checkpoint_dir, assemble=assemble,
-                **arguments,
+                first, x, y, sample_weight=sample_weight, validation=validation, seed=seed,
+                checkpoint_dir=checkpoint_dir, assemble=assemble,
+                time_limit=_time_left(time_limit, started, 1), **arguments,
             )  # fmt: skip
             return _ensemble(members, histories)
         except _CannotStackError as error:
             warnings.warn(f"The members are trained one after the other, which takes longer: {error}.", stacklevel=2)
         finally:
             assemble.release()
-    return _one_after_the_other(members, x, y, validation, seed, checkpoint_dir, arguments)
+    return _one_after_the_other(
+        members, x, y, sample_weight, validation, seed, checkpoint_dir, time_limit, started, arguments
+    )
+
+
+def _time_left(time_limit: float | None, started: float, members: int) -> float | None:
+    """Seconds that each of the members that are left may take; more than 0, as each makes a step at least."""
+    if time_limit is None:
+        return None
+    return max((started + time_limit - time.perf_counter()) / members, 1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- the members
@@ -459,7 +477,9 @@ def _check_structure(members: Sequence[EnergyRegressionModel]) -> None:
 
     def settings(module: nn.Module) -> dict[str, Any]:
         plain = (bool, int, float, str, tuple, type(None))
-        own = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+        # What made the initial weights does not matter any more.
+        others = ("training", *getattr(module, "only_initial", ()))
+        own = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in others}
         return {name: value for name, value in own.items() if isinstance(value, plain)}
 
     def description(model: EnergyRegressionModel) -> Iterator[Any]:
@@ -571,12 +591,18 @@ def _one_after_the_other(
     members: list[EnergyRegressionModel],
     x: Any,
     y: Any,
+    sample_weight: Any,
     validation: Any,
     seed: int,
     checkpoint_dir: Any,
+    time_limit: float | None,
+    started: float,
     arguments: dict[str, Any],
 ) -> EnergyEnsemble:
-    batch_size = training._default_batch_size(y) if arguments["batch_size"] is None else arguments["batch_size"]
+    weights = training._checked_weights(sample_weight, x, y)
+    batch_size = arguments["batch_size"]
+    if batch_size is None:
+        batch_size = training._default_batch_size(y if weights is None else weights[weights > 0])
     arguments = {**arguments, "batch_size": batch_size}
     names = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "gradient_clip", "patience")
     settings = training._Settings(
@@ -584,23 +610,23 @@ def _one_after_the_other(
     )
     first = next((member for member in members if member.fitted), members[0])
     with training._caller_random_state():
-        data, held_out, preprocessing = training._prepare(first, x, y, validation, settings)
+        data, held_out, preprocessing = training._prepare(first, x, y, weights, validation, settings)
         if preprocessing is not None:
             first.fit_preprocessing(*preprocessing)
         _fit_preprocessing(members, first, preprocessing)
     if isinstance(data, training._Rows):
-        x, y = data.x, data.y
+        x, y, weights = data.x, data.y, data.weights
     if isinstance(held_out, training._Rows):
-        validation = held_out.x, held_out.y
+        validation = held_out.x, held_out.y, held_out.weights
     histories: list[History] = []
     for number, member in enumerate(members):
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / f"member-{number}"
         try:
-            histories.append(
-                training.fit(
-                    member, x, y, validation=validation, seed=seed + number, checkpoint_dir=folder, **arguments
-                )
-            )
+            history = training.fit(
+                member, x, y, sample_weight=weights, validation=validation, seed=seed + number, checkpoint_dir=folder,
+                time_limit=_time_left(time_limit, started, len(members) - number), **arguments,
+            )  # fmt: skip
+            histories.append(history)
         except training.TrainingError as error:
             raise training.TrainingError(f"Member {number} (seed {seed + number}): {error}") from error
         if histories[-1].interrupted:

@@ -24,9 +24,19 @@ from typing import TYPE_CHECKING, Any, Self
 from energyreg.checkpoint import writing_error
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
-__all__ = ["TableFileError", "TableWriter", "count_rows", "read", "read_chunks"]
+__all__ = [
+    "TableFileError",
+    "TableWriter",
+    "columns_of",
+    "count_rows",
+    "error_about",
+    "is_typed",
+    "kind_of",
+    "read",
+    "read_chunks",
+]
 
 CHUNK_ROWS = 4_096
 """Rows that are in memory at once."""
@@ -39,6 +49,8 @@ SEPARATORS = ",;\t|"
 SAMPLE_BYTES = 65_536
 """How much of a CSV its separator and decimal mark are found by."""
 SAMPLE_LINES = 50
+BUFFER_BYTES = 2**16
+"""What is read of a column of a Parquet file at once, instead of the whole of its row group."""
 
 
 class TableFileError(ValueError):
@@ -58,7 +70,11 @@ def read(path: str | os.PathLike[str], *, kinds: Mapping[str, str] | None = None
 
 
 def read_chunks(
-    path: str | os.PathLike[str], *, rows: int | None = CHUNK_ROWS, kinds: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    rows: int | None = CHUNK_ROWS,
+    kinds: Mapping[str, str] | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Iterator[DataFrame]:
     """Read a table in chunks of rows.
 
@@ -68,15 +84,29 @@ def read_chunks(
         rows: Rows of a chunk, at most; None for all at once.
         kinds: Column → what it holds: "number", "text", "boolean" or "time". A CSV does not say it, and a chunk of it
             may look otherwise than the whole; columns that are not named are judged by their values.
+        columns: Columns to read, which the file must have; by default all.
 
     Yields:
-        Frames with the columns of the file, at least one row each.
+        Frames with these columns, in the order of the file, at least one row each.
 
     Raises:
         FileNotFoundError: There is no such file.
         TableFileError: The file is empty, damaged or of another kind, has a column name twice, or a value of another
             kind than its column.
     """
+    path, kind = Path(path), _kind_of_file(path)
+    reader = {"csv": _csv, "parquet": _parquet, "feather": _feather}[kind]
+    some = False
+    for frame in reader(path, rows, kinds or {}, columns):
+        if len(frame) == 0:
+            continue
+        some = True
+        yield frame
+    if not some:
+        raise TableFileError(f"{path}: the table has a header, but no rows.")
+
+
+def _kind_of_file(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     kind = _format(path, "read")
     if path.is_dir():
@@ -85,15 +115,72 @@ def read_chunks(
         raise FileNotFoundError(2, "there is no such file", str(path))
     if path.stat().st_size == 0:
         raise TableFileError(f"{path}: the file is empty; expected a table with a header and rows.")
-    reader = {"csv": _csv, "parquet": _parquet, "feather": _feather}[kind]
-    some = False
-    for frame in reader(path, rows, kinds or {}):
-        if len(frame) == 0:
-            continue
-        some = True
-        yield frame
-    if not some:
-        raise TableFileError(f"{path}: the table has a header, but no rows.")
+    return kind
+
+
+def columns_of(path: str | os.PathLike[str]) -> list[str]:
+    """Names of a table's columns, without reading its values.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TableFileError: As :func:`read_chunks`.
+    """
+    path, kind = Path(path), _kind_of_file(path)
+    if kind == "csv":
+        return _dialect(path).names
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    try:
+        if kind == "parquet":
+            with parquet.ParquetFile(path) as file:
+                names = [str(name) for name in file.schema_arrow.names]
+        else:
+            with pyarrow.memory_map(str(path)) as source, ipc.open_file(source) as file:
+                names = [str(name) for name in file.schema.names]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _incomplete(path, kind, error) from None
+    _check_names(path, names)
+    return names
+
+
+def is_typed(path: str | os.PathLike[str]) -> bool:
+    """Whether the file itself says what its columns hold, as a CSV does not."""
+    return _format(Path(path), "read") != "csv"
+
+
+def kind_of(series: Series) -> set[str]:
+    """What a column seems to hold, as `kinds` of :func:`read_chunks` takes it; nothing where all values are missing."""
+    from pandas.api import types
+
+    if not bool(series.notna().any()):
+        return set()
+    if types.is_datetime64_any_dtype(series.dtype):
+        return {"time"}
+    if types.infer_dtype(series, skipna=True) == "boolean":
+        return {"boolean"}
+    return {"number"} if types.is_numeric_dtype(series.dtype) else {"text"}
+
+
+def error_about(error: Exception, path: Path, targets: Sequence[str], offset: int = 0) -> TableFileError:
+    """An error of the estimator in the words of the file: column names and rows instead of X, y and positions.
+
+    Args:
+        error: Names X or y, with rows that count from 0.
+        path: The file.
+        targets: Names of the target columns.
+        offset: Rows of the file before X.
+    """
+    text = re.sub(r"\brow (\d+)", lambda m: f"row {int(m[1]) + 1 + offset}", str(error))
+    if re.match(r"y\b", text):
+        text = re.sub(
+            r"column (\d+)",
+            lambda m: f"column {targets[int(m[1])]!r}" if int(m[1]) < len(targets) else m[0],
+            text,
+        )
+        text = re.sub(r"^y\b", "the target", text)
+    text = re.sub(r"\bX\b", "the table", text)
+    return TableFileError(f"{path}: {text}")
 
 
 def count_rows(path: str | os.PathLike[str]) -> int:
@@ -143,7 +230,7 @@ class _Dialect:
     names: list[str]
 
 
-def _csv(path: Path, rows: int | None, kinds: Mapping[str, str]) -> Iterator[DataFrame]:
+def _csv(path: Path, rows: int | None, kinds: Mapping[str, str], columns: Sequence[str] | None) -> Iterator[DataFrame]:
     import pandas
 
     dialect = _dialect(path)
@@ -154,6 +241,7 @@ def _csv(path: Path, rows: int | None, kinds: Mapping[str, str]) -> Iterator[Dat
             warnings.simplefilter("error", pandas.errors.ParserWarning)
             reader = pandas.read_csv(
                 file, sep=dialect.separator, decimal=dialect.decimal, encoding="utf-8-sig", dtype=text, index_col=False,
+                usecols=None if columns is None else [dialect.names.index(name) for name in columns],
                 chunksize=rows or 2**62, low_memory=False, skipinitialspace=True,
             )  # fmt: skip
             for frame in reader:
@@ -280,38 +368,55 @@ def _bad_encoding(path: Path) -> TableFileError:
     return TableFileError(f"{path}: the file is not UTF-8; save it as UTF-8.")
 
 
-def _parquet(path: Path, rows: int | None, kinds: Mapping[str, str]) -> Iterator[DataFrame]:
+def _parquet(
+    path: Path, rows: int | None, kinds: Mapping[str, str], columns: Sequence[str] | None
+) -> Iterator[DataFrame]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
             _check_names(path, file.schema_arrow.names)
             if rows is None:
-                yield file.read().to_pandas()
+                yield file.read(columns=_ordered(columns, file.schema_arrow.names)).to_pandas()
                 return
-            for batch in file.iter_batches(batch_size=rows):
-                yield pyarrow.Table.from_batches([batch]).to_pandas()
+            for batch in file.iter_batches(rows, columns=_ordered(columns, file.schema_arrow.names)):
+                frame = pyarrow.Table.from_batches([batch]).to_pandas()
+                del batch
+                # Arrow keeps what it has once taken, twice as much as it uses.
+                pyarrow.default_memory_pool().release_unused()
+                yield frame
     except (pyarrow.ArrowException, OSError) as error:
-        raise TableFileError(f"{path}: the file is no complete Parquet file: {_first_line(error)}") from None
+        raise _incomplete(path, "parquet", error) from None
 
 
-def _feather(path: Path, rows: int | None, kinds: Mapping[str, str]) -> Iterator[DataFrame]:
+def _ordered(columns: Sequence[str] | None, there: Sequence[str]) -> list[str] | None:
+    return None if columns is None else [name for name in there if name in set(columns)]
+
+
+def _feather(
+    path: Path, rows: int | None, kinds: Mapping[str, str], columns: Sequence[str] | None
+) -> Iterator[DataFrame]:
     import pyarrow
     from pyarrow import ipc
 
     try:
         with pyarrow.memory_map(str(path)) as source, ipc.open_file(source) as file:
             _check_names(path, file.schema.names)
+            some = _ordered(columns, file.schema.names) or list(file.schema.names)
             if rows is None:
-                yield file.read_all().to_pandas()
+                yield file.read_all().select(some).to_pandas()
                 return
             for index in range(file.num_record_batches):
-                batch = file.get_batch(index)
+                batch = file.get_batch(index).select(some)
                 for start in range(0, batch.num_rows, rows):
                     yield pyarrow.Table.from_batches([batch.slice(start, rows)]).to_pandas()
     except (pyarrow.ArrowException, OSError) as error:
-        raise TableFileError(f"{path}: the file is no complete Feather file: {_first_line(error)}") from None
+        raise _incomplete(path, "feather", error) from None
+
+
+def _incomplete(path: Path, kind: str, error: Exception) -> TableFileError:
+    return TableFileError(f"{path}: the file is no complete {kind.capitalize()} file: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,8 @@
 """Training: `fit` runs an objective over data on Lightning Fabric and returns a `History`.
 
 Randomness: the order of the rows depends on (seed, epoch), the noise of the objective on (seed, step), dropout on
-    (seed, epoch,
-process). So there is no random state to store, and a resumed run continues as if nothing had happened; the global
-random state of the caller is left as it was.
+(seed, epoch, process). So there is no random state to store, and a resumed run continues as if nothing had happened;
+the global random state of the caller is left as it was.
 """
 
 from __future__ import annotations
@@ -51,11 +50,17 @@ EXPLOSION = 1e6
 WINDOW = 32
 LAST = "last.safetensors"
 # Purposes of randomness, so that no two draw the same numbers.
-SPLIT, ORDER, NOISE, DROPOUT, EVALUATION = range(5)
+SPLIT, ORDER, NOISE, DROPOUT, EVALUATION, SUBSET = range(6)
 
 
 LARGEST_BATCH = 256
 """Rows per step by default, where there are enough of them."""
+VALIDATION_BYTES = 2**25
+"""Working memory of the validation."""
+PREPROCESSING_ROWS = 200_000
+"""Rows that the units of x are fitted to, at most: more would cost memory, and change no quantile that matters."""
+PREPROCESSING_BYTES = 2**24
+"""Their size in float64, at most; but 20,000 rows in any case."""
 
 
 class TrainingError(RuntimeError):
@@ -79,6 +84,7 @@ class History:
         best_epoch: Epoch with the lowest validation NLL, whose weights the model has; None without validation data.
         stopped_early: Whether `patience` ended the training.
         interrupted: Whether a KeyboardInterrupt did.
+        timed_out: Whether `time_limit` did; the last epoch is part of one then, unless it was just complete.
         total_seconds: Duration of all, preparation and resumed parts included.
     """
 
@@ -91,6 +97,7 @@ class History:
     stopped_early: bool = False
     interrupted: bool = False
     total_seconds: float = 0.0
+    timed_out: bool = False
 
     @property
     def best_validation_nll(self) -> float | None:
@@ -132,8 +139,10 @@ class History:
             parts.append(f"training loss {self.train_loss[-1]:.4f}")
         if self.best_epoch is not None:
             parts.append(f"best validation NLL {self.best_validation_nll:.4f} nats in epoch {self.best_epoch}")
-        if self.stopped_early or self.interrupted:
-            parts.append("stopped early" if self.stopped_early else "interrupted")
+        if self.stopped_early or self.interrupted or self.timed_out:
+            parts.append(
+                "stopped early" if self.stopped_early else "interrupted" if self.interrupted else "out of time"
+            )
         return f"History({', '.join(parts)})"
 
 
@@ -150,6 +159,7 @@ def fit(
     x: Any,
     y: Any = None,
     *,
+    sample_weight: Any = None,
     objective: Any = None,
     validation: Any = "auto",
     epochs: int = 100,
@@ -159,6 +169,7 @@ def fit(
     schedule: str = "one-cycle",
     gradient_clip: float | None = 10.0,
     patience: int | None = None,
+    time_limit: float | None = None,
     seed: int = 0,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -179,7 +190,8 @@ def fit(
     default nothing stops earlier; `patience` does, and is meant for the constant schedule or for saving time.
 
     Ctrl-C ends the training: the model has its best weights so far, a warning says so, and `History.interrupted` is
-    True.
+    True. `time_limit` ends it in the same way between two steps, with `History.timed_out`; the weights of the moment
+    are judged on the validation data once more before that, where the time suffices.
 
     Several processes (`devices=2`, or a script under torchrun with `devices` to match): every process takes its share
     of each batch, and the gradients are those of one process on the whole batch. A DataLoader is different, as always
@@ -192,10 +204,14 @@ def fit(
             where the encoder is fitted). To resume exactly it must shuffle by PyTorch's global random state, not by a
             generator of its own.
         y: Targets in user units, shape (N, D), or (N,) for D = 1. None with a DataLoader.
+        sample_weight: Weight of each row, shape (N,), finite and ≥ 0: the losses' mean and the validation NLL are
+            weighted by them, divided by their mean over the training rows and over the validation rows. A whole number
+            counts a row as often; rows with 0 are left out before anything else. The units of x and y, and the base,
+            are fitted to the rows without weights. Not for a DataLoader.
         objective: What to minimise, such as `energyreg.objectives.ExactMaximumLikelihood()`; the model's default by
             default.
-        validation: The fraction of rows to hold out (chosen by `seed`), or (x_val, y_val), or a DataLoader, or None. By
-            default 0.1 with arrays, and None with a DataLoader.
+        validation: The fraction of rows to hold out (chosen by `seed`), or (x_val, y_val), or (x_val, y_val, weights),
+            or a DataLoader, or None. By default 0.1 with arrays, and None with a DataLoader.
         epochs: Passes over the training rows.
         batch_size: Rows per step, over all processes. By default 256, and for fewer than 6,400 rows the power of two
             from 32 on that makes 25 steps an epoch or more. Rows that do not fill a last batch are left out of that
@@ -206,6 +222,9 @@ def fit(
             start) or "constant".
         gradient_clip: Largest norm of the gradient; None for no limit.
         patience: Stop after this many epochs without a lower validation NLL; None for never.
+        time_limit: Seconds that the call may take, about; None for no limit. No step is begun that would probably end
+            after it (but one is made at least), nor a validation that would. The schedule stays that of all epochs, so
+            choose `epochs` such that the limit is not needed. Several processes look at the clock every 32 steps.
         seed: Seed of all randomness; the same seed gives the same result on the same kind of device.
         checkpoint_dir: Folder for a checkpoint after each epoch, ``last.safetensors``; one from an earlier run is
             replaced unless `resume` is True.
@@ -230,10 +249,11 @@ def fit(
         OSError: If `checkpoint_dir` cannot be written, or has no room.
     """
     return _fit(
-        model, x, y, objective=objective, validation=validation, epochs=epochs, batch_size=batch_size,
-        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, gradient_clip=gradient_clip,
-        patience=patience, seed=seed, checkpoint_dir=checkpoint_dir, resume=resume, progress=progress,
-        accelerator=accelerator, devices=devices, precision=precision, strategy=strategy,
+        model, x, y, sample_weight=sample_weight, objective=objective, validation=validation, epochs=epochs,
+        batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule,
+        gradient_clip=gradient_clip, patience=patience, time_limit=time_limit, seed=seed, checkpoint_dir=checkpoint_dir,
+        resume=resume, progress=progress, accelerator=accelerator, devices=devices, precision=precision,
+        strategy=strategy,
     )[0]  # fmt: skip
 
 
@@ -252,6 +272,8 @@ def _fit(
     x: Any,
     y: Any,
     *,
+    sample_weight: Any,
+    time_limit: float | None,
     objective: Any,
     validation: Any,
     epochs: int,
@@ -273,11 +295,14 @@ def _fit(
 ) -> list[History]:
     """What `fit` does, for one model, or for many that `assemble` joins once the preprocessing of `model` is fitted."""
     started = time.perf_counter()
-    batch_size = _default_batch_size(y) if batch_size is None else batch_size
+    weights = _checked_weights(sample_weight, x, y)
+    if batch_size is None:
+        batch_size = _default_batch_size(y if weights is None else weights[weights > 0])
     settings = _Settings(
         epochs, batch_size, learning_rate, weight_decay, schedule, gradient_clip, patience, seed, str(precision)
     )
     _check_progress_and_resume(progress, resume, checkpoint_dir)
+    _check_time_limit(time_limit)
     if not isinstance(model, nn.Module) or not hasattr(model, "condition"):
         raise ValueError(f"model is a {type(model).__name__}; expected an EnergyRegressionModel.")
     objective = model.default_objective() if objective is None else objective
@@ -289,7 +314,7 @@ def _fit(
     accelerator, devices = _device_of(model, accelerator, devices)
     _make_fabric(accelerator, devices, precision, strategy)  # wrong arguments should fail before the data are read
     with _caller_random_state(), _quiet_fabric():
-        data, validation_data, preprocessing = _prepare(model, x, y, validation, settings)
+        data, validation_data, preprocessing = _prepare(model, x, y, weights, validation, settings)
         if patience is not None and validation_data is None:
             raise ValueError("patience needs validation data; pass validation=(x_val, y_val), or patience=None.")
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -321,13 +346,14 @@ def _fit(
                 result,
                 _Training if assemble is None else assemble.training,
                 1 if assemble is None else assemble.num_members,
+                None if time_limit is None else float(time_limit),
             )
             histories = fabric.launch(partial(_run, job=job))
             if histories is None:
-                weights, state = checkpoint.load_training_state(result)
+                trained, state = checkpoint.load_training_state(result)
                 histories = [History(**state)]
                 model.to(torch.float64 if settings.precision == "64-true" else model.dtype)
-                model.load_state_dict(weights)
+                model.load_state_dict(trained)
                 model.eval()
     return histories
 
@@ -393,6 +419,38 @@ def _check_progress_and_resume(progress: Any, resume: Any, checkpoint_dir: Any) 
         raise ValueError(f"resume is {resume!r}; expected True or False; the folder goes to checkpoint_dir=.")
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir=, the folder where the checkpoints of the earlier run are.")
+
+
+def _check_time_limit(time_limit: Any) -> None:
+    fine = isinstance(time_limit, (int, float, np.number)) and not isinstance(time_limit, (bool, np.bool_))
+    if time_limit is not None and not (fine and time_limit > 0):
+        raise ValueError(f"time_limit is {time_limit!r}; expected a number of seconds > 0, or None.")
+
+
+def _checked_weights(sample_weight: Any, x: Any, y: Any, name: str = "sample_weight") -> Tensor | None:
+    """Weights of the rows as float64, shape (N,), some of them above 0; None if there are none."""
+    if sample_weight is None:
+        return None
+    if isinstance(x, DataLoader):
+        raise ValueError(
+            f"{name} is given, but x is a DataLoader, which yields pairs (x, y). Pass arrays, or draw rows by their "
+            "weights with torch.utils.data.WeightedRandomSampler."
+        )
+    try:
+        values = sample_weight.detach().cpu() if isinstance(sample_weight, Tensor) else np.asarray(sample_weight)
+        weights = torch.as_tensor(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is a {type(sample_weight).__name__}; expected numbers, one a row: {error}.") from None
+    rows = len(y) if hasattr(y, "__len__") else None
+    if weights.ndim != 1 or (rows is not None and len(weights) != rows):
+        raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected ({rows},), one weight for each row.")
+    bad = ~(weights.isfinite() & (weights >= 0))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name} has {float(weights[row])} in row {row}; expected finite numbers ≥ 0.")
+    if not bool((weights > 0).any()):
+        raise ValueError(f"{name} is 0 in every row; expected a number above 0 for some.")
+    return weights
 
 
 def _device_of(model: nn.Module, accelerator: Any, devices: Any) -> tuple[Any, Any]:
@@ -540,7 +598,8 @@ class _Batch:
     Attributes:
         x: Inputs of this process, (b, ...).
         y: Targets of this process in user units, (b, D).
-        share: Weight of each row's loss here, such that the mean over the processes is the mean over the whole batch.
+        share: Weight of each row's loss here, such that the mean over the processes is the mean over the whole batch;
+            one for all, or of shape (b,).
         rows: Row numbers in the caller's data; None for a DataLoader.
         loss: Filled by the training step: the weighted sum of the losses of each member's rows, (S,), S = 1 where one
             model is trained; without gradient, before Fabric rounds it to float32.
@@ -555,7 +614,7 @@ class _Batch:
     loss: Tensor
     per_example: Tensor
 
-    def __init__(self, x: Any, y: Tensor, share: float, rows: Tensor | None) -> None:
+    def __init__(self, x: Any, y: Tensor, share: float | Tensor, rows: Tensor | None) -> None:
         self.x, self.y, self.share, self.rows = x, y, share, rows
         self.finite: Tensor | None = None
         self.reason: str | None = None
@@ -568,7 +627,8 @@ class _Batch:
         size = len(self.y) // num_members
         rows = slice(member * size, (member + 1) * size)
         x = self.x[rows] if isinstance(self.x, Tensor) else self.x
-        part = _Batch(x, self.y[rows], self.share, None if self.rows is None else self.rows[rows])
+        share = self.share[rows] if isinstance(self.share, Tensor) else self.share
+        part = _Batch(x, self.y[rows], share, None if self.rows is None else self.rows[rows])
         part.finite, part.reason = self.finite, self.reason
         part.loss, part.per_example = self.loss[member : member + 1], self.per_example[rows]
         part.diagnostics = {name: value[rows] for name, value in self.diagnostics.items() if len(value) == len(self.y)}
@@ -582,7 +642,7 @@ class _Data(Protocol):
 
     def batches(self, epoch: int, settings: _Settings, fabric: Fabric) -> Iterator[_Batch]: ...
 
-    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Any, Tensor]]: ...
+    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -593,19 +653,26 @@ class _Rows:
     """Data in memory: batches are index lookups.
 
     The members of an ensemble take the rows each in an order of its own, that of a training with its own seed.
+
+    Args:
+        x: Inputs, shape (N, ...); they may be mapped from a file, as they are never copied as a whole on the CPU.
+        y: Targets, shape (N, D).
+        rows: Row numbers in the caller's data.
+        batch_size: Rows of a step.
+        weights: Weights of the rows, shape (N,), all > 0; they are divided by their mean. None for equal ones.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, rows: Tensor | None, batch_size: int) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, rows: Tensor | None, batch_size: int, weights: Tensor | None = None
+    ) -> None:
         self.x, self.y = x, y
         self.rows = torch.arange(len(y)) if rows is None else rows
         self.batch_size = min(batch_size, len(y))
         self.num_members = 1
-        self.description = {
-            "rows": len(y),
-            "x": _shape(x),
-            "y": _shape(y),
-            "content": _fingerprint(x) + _fingerprint(y),
-        }
+        # Equal weights change nothing, not even the last digit.
+        equal = weights is None or bool((weights == weights[0]).all())
+        self.weights = None if weights is None or equal else weights / weights.mean()
+        self.description: dict[str, Any] | None = None
 
     def num_batches(self) -> int:
         return len(self.y) // self.batch_size
@@ -616,6 +683,7 @@ class _Rows:
         if fabric.device.type != "cuda" or x.nbytes + y.nbytes < torch.cuda.mem_get_info(fabric.device)[0] // 4:
             x, y = fabric.to_device(x), fabric.to_device(y)
         self.x, self.y = x, y
+        self.weights = None if self.weights is None else self.weights.to(y.device)
 
     def batches(self, epoch: int, settings: _Settings, fabric: Fabric) -> Iterator[_Batch]:
         seeds = [_mix(settings.seed + member, ORDER, epoch) for member in range(self.num_members)]
@@ -628,18 +696,25 @@ class _Rows:
             rows = slice(start + fabric.global_rank, start + self.batch_size, world)
             chosen = index[:, rows].flatten()
             x, y = self.x.index_select(0, chosen), self.y.index_select(0, chosen)
+            shares = share if self.weights is None else self.weights.index_select(0, chosen) * share
             if not there:
-                x, y = fabric.to_device(x), fabric.to_device(y)
-            yield _Batch(x, y, share, order[:, rows].flatten())
+                x, y, shares = fabric.to_device(x), fabric.to_device(y), fabric.to_device(shares)
+            yield _Batch(x, y, shares, order[:, rows].flatten())
 
-    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         mine = range(fabric.global_rank, len(self.y), fabric.world_size)
         for start in range(0, len(mine), chunk):
             part = mine[start : start + chunk]
             rows = slice(part.start, part.stop, part.step)
-            yield fabric.to_device(self.x[rows]), fabric.to_device(self.y[rows])
+            weights = None if self.weights is None else self.weights[rows]
+            yield fabric.to_device(self.x[rows]), fabric.to_device(self.y[rows]), weights
 
     def describe(self) -> dict[str, Any]:
+        if self.description is None:
+            content = [_fingerprint(tensor) for tensor in (self.x, self.y, self.weights) if tensor is not None]
+            self.description = {
+                "rows": len(self.y), "x": _shape(self.x), "y": _shape(self.y), "content": "".join(content),
+            }  # fmt: skip
         return self.description
 
     def sample(self) -> tuple[Tensor, Tensor]:
@@ -679,11 +754,11 @@ class _Loader:
             x, y = self.pair(batch, number)
             yield _Batch(x, y, 1 / len(y), None)
 
-    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Any, Tensor]]:
+    def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         # Not by a distributed sampler, which counts rows twice to make all shares equal.
         for number, batch in enumerate(self.loader):
             if number % fabric.world_size == fabric.global_rank:
-                yield self.pair(fabric.to_device(batch), number)
+                yield *self.pair(fabric.to_device(batch), number), None
 
     def pair(self, batch: Any, number: int) -> tuple[Any, Tensor]:
         where = f"Batch {number + 1} of the DataLoader {self.name}"
@@ -714,7 +789,7 @@ class _Loader:
 
 
 def _prepare(
-    model: EnergyRegressionModel, x: Any, y: Any, validation: Any, settings: _Settings
+    model: EnergyRegressionModel, x: Any, y: Any, weights: Tensor | None, validation: Any, settings: _Settings
 ) -> tuple[_Data, _Data | None, tuple[Tensor | None, Tensor] | None]:
     """Training data, validation data, and what the preprocessing is to be fitted to (None if it is fitted)."""
     if isinstance(x, DataLoader):
@@ -724,20 +799,39 @@ def _prepare(
     if isinstance(y, DataLoader):
         raise ValueError("y is a DataLoader; pass one DataLoader as x that yields pairs (x, y), or arrays for both.")
     x, y = _checked_pair(model, x, y, "x", "y")
+    rows: Tensor | None = None
+    if weights is not None and not bool((weights > 0).all()):
+        rows = (weights > 0).nonzero()[:, 0]
+        x, y, weights = x[rows], y[rows], weights[rows]
     if len(y) < 2:
-        raise ValueError(f"x has {len(y)} row; expected at least 2 to learn from.")
+        weighty = "" if weights is None else " with a weight above 0"
+        raise ValueError(f"x has {len(y)} row{weighty}; expected at least 2 to learn from.")
     if isinstance(validation, str) and validation == "auto":
         validation = 0.1
-    rows: Tensor | None = None
     held_out: _Data | None = None
     if isinstance(validation, (int, float, np.number)) and not isinstance(validation, bool):
-        rows, chosen = _split(len(y), float(validation), settings.seed)
-        held_out = _Rows(x[chosen], y[chosen], chosen, settings.batch_size)
-        x, y = x[rows], y[rows]
+        kept, chosen = _split(len(y), float(validation), settings.seed)
+        rows = torch.arange(len(y)) if rows is None else rows
+        parts = [
+            _Rows(x[part], y[part], rows[part], settings.batch_size, None if weights is None else weights[part])
+            for part in (kept, chosen)
+        ]
+        data, held_out = parts
     else:
         held_out = _prepare_validation(model, validation, settings, x)
-    data = _Rows(x, y, rows, settings.batch_size)
-    return data, held_out, None if bool(model.fitted) else (x, y)
+        data = _Rows(x, y, rows, settings.batch_size, weights)
+    return data, held_out, None if bool(model.fitted) else (_some_rows(data.x, settings.seed), data.y)
+
+
+def _some_rows(x: Tensor, seed: int) -> Tensor:
+    """What the units of x are fitted to: all rows, or 200,000 of them by chance (fewer if wide), which will do."""
+    row_bytes = 8 * max(x[0].numel(), 1)
+    most = min(PREPROCESSING_ROWS, max(PREPROCESSING_BYTES // row_bytes, 20_000))
+    if len(x) <= most:
+        return x
+    generator = np.random.default_rng(_mix(seed, SUBSET))
+    chosen = np.sort(generator.choice(len(x), most, replace=False, shuffle=False))
+    return x[torch.from_numpy(chosen)]
 
 
 def _default_batch_size(y: Any) -> int:
@@ -770,7 +864,7 @@ def _prepare_validation(model: EnergyRegressionModel, validation: Any, settings:
         loader = _Loader(validation, "validation")
         _check_first_batch(model, loader)
         return loader
-    if not isinstance(validation, (tuple, list)) or len(validation) != 2:
+    if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
         raise ValueError(
             f"validation is "
             f"{validation if isinstance(validation, (bool, str)) else 'a ' + type(validation).__name__!r}; expected a "
@@ -782,7 +876,11 @@ def _prepare_validation(model: EnergyRegressionModel, validation: Any, settings:
             f"x_val has shape {tuple(x_val.shape)}, but x has shape {tuple(x.shape)}; expected the same but for the "
             "rows."
         )
-    return _Rows(x_val, y_val, None, settings.batch_size)
+    weights = _checked_weights(validation[2], x_val, y_val, "The third of validation") if len(validation) == 3 else None
+    if weights is None:
+        return _Rows(x_val, y_val, None, settings.batch_size)
+    kept = (weights > 0).nonzero()[:, 0]
+    return _Rows(x_val[kept], y_val[kept], kept, settings.batch_size, weights[kept])
 
 
 def _checked_pair(model: EnergyRegressionModel, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
@@ -898,10 +996,19 @@ class TrainingStep(nn.Module):
         batch.per_example = per_example.detach()
         batch.diagnostics = {name: value.detach() for name, value in diagnostics.items()}
         # The members share no parameter: the gradient of this sum is that of each member's loss by itself.
-        loss = per_example.sum() * batch.share
-        one = self.num_members == 1
-        batch.loss = loss.detach()[None] if one else batch.per_example.unflatten(0, (self.num_members, -1)).sum(1)
-        batch.loss = batch.loss if one else batch.loss * batch.share
+        share = batch.share
+        if isinstance(share, Tensor):
+            share = share.to(per_example.dtype)
+            weighted = batch.per_example * share
+            loss = (per_example * share).sum()
+        else:
+            weighted = batch.per_example
+            loss = per_example.sum() * share
+        if self.num_members == 1:
+            batch.loss = loss.detach()[None]
+        else:
+            batch.loss = weighted.unflatten(0, (self.num_members, -1)).sum(1)
+            batch.loss = batch.loss if isinstance(share, Tensor) else batch.loss * share
         return loss
 
 
@@ -939,6 +1046,11 @@ class _Job:
     scratch: Path
     training: Callable[[Fabric, _Job], _Training]
     num_members: int
+    time_limit: float | None
+
+
+class _OutOfTimeError(Exception):
+    """The time limit has passed."""
 
 
 class _Training:
@@ -954,6 +1066,8 @@ class _Training:
         fabric.to_device(job.model)
         for data in (job.data, job.validation):
             if data is not None:
+                if job.folder is not None or fabric.world_size > 1:
+                    data.describe()  # the values as they were given, whatever the precision of the training
                 data.place(fabric, dtype)
         self.steps = job.data.num_batches()
         # A look at the loss costs nothing on one CPU process; then it comes before the weights are touched.
@@ -973,6 +1087,9 @@ class _Training:
         self.earlier_seconds = 0.0
         self.warned = False
         self.pending: list[tuple[int, _Batch, Tensor]] = []
+        self.deadline = math.inf if job.time_limit is None else job.started + job.time_limit
+        self.out_of_time = False
+        self.step_seconds = self.validation_seconds = 0.0
         self.progress = _Progress(job.progress if fabric.is_global_zero else False, job.settings.epochs, self.steps)
         if fabric.world_size > 1:
             self._compare_processes()
@@ -1040,14 +1157,78 @@ class _Training:
             _seed_global(_mix(self.settings.seed, DROPOUT, self.epoch, self.fabric.global_rank), self.fabric.device)
             self.model.train()
             sums = _Sums(self.job.num_members)
-            for number, batch in enumerate(self.job.data.batches(self.epoch, self.settings, self.fabric)):
-                self._step(number, batch, sums)
+            number = 0
+            for number, batch in enumerate(self.job.data.batches(self.epoch, self.settings, self.fabric), 1):
+                self._step(number - 1, batch, sums)
+                if self._time_is_up(number, started):
+                    break
             self._flush(sums)
-            self._end_epoch(sums, started)
+            if self.out_of_time and number < self.steps:
+                self._end_in_the_middle(sums, started, number)
+                return
+            try:
+                self._end_epoch(sums, started)
+            except _OutOfTimeError:
+                self._give_up(self.steps)
+                return
+            over = self.epoch >= self.settings.epochs or self.histories[0].stopped_early
+            if not over and self._time_is_up(0, started):
+                self._give_up(0)
+                return
         self._restore()
         self.finished = True
         self._take_time()
         self._save()
+
+    def _time_is_up(self, number: int, started: float) -> bool:
+        """Whether a further step, and the validation after it, would probably end after the time limit.
+
+        Args:
+            number: Steps of this epoch that were made; 0 between two epochs.
+            started: When the epoch began.
+        """
+        if self.job.time_limit is None:
+            return False
+        now = time.perf_counter()
+        if number:
+            self.step_seconds = (now - started) / number
+        late = now + self.step_seconds + self.validation_seconds >= self.deadline
+        if self.fabric.world_size == 1:
+            self.out_of_time = late
+        elif number % WINDOW == 0:  # all processes must stop at the same step
+            self.out_of_time = bool(self.fabric.broadcast(late))
+        return self.out_of_time
+
+    def _end_in_the_middle(self, sums: _Sums, started: float, number: int) -> None:
+        """Let the weights of an epoch that was cut short compete with those of the others, if there is time."""
+        checkpointed = self.epoch
+        if checkpointed or self.job.validation is None:
+            # The last checkpoint stays that of a whole epoch, from which an exact continuation is possible.
+            with contextlib.suppress(_OutOfTimeError):
+                self._end_epoch(sums, started, whole=False)
+        self._give_up(number, checkpointed)
+
+    def _give_up(self, number: int, epoch: int | None = None) -> None:
+        """End with the best weights so far, as the time is up.
+
+        Args:
+            number: Steps of the epoch that were made.
+            epoch: Whole epochs; by default `self.epoch`.
+        """
+        epoch = self.epoch if epoch is None else epoch
+        for history in self.histories:
+            history.timed_out = True
+        self._take_time()
+        if self.epoch > 0:
+            self._restore()
+        if self.fabric.is_global_zero:
+            self.progress.stop()
+            after = f"{number} of {self.steps} steps of epoch {epoch + 1}" if number else f"epoch {epoch}"
+            warnings.warn(
+                f"Training stopped after {after} of {self.settings.epochs}, as its time of {self.job.time_limit:.3g} s "
+                f"was up; {self._who_has()} {self._which_weights()}.{self._how_to_resume()}",
+                stacklevel=2,
+            )
 
     def _take_time(self) -> None:
         for history in self.histories:
@@ -1104,25 +1285,33 @@ class _Training:
 
     @torch.no_grad()
     def _validate(self, model: EnergyRegressionModel) -> float:
+        """The weighted mean of -log p(y|x) over the validation data.
+
+        Raises:
+            _OutOfTimeError: If the time is up before it is known, in a single process.
+        """
         assert self.job.validation is not None
         # All processes must see a shuffling loader in the same order.
         _seed_global(_mix(self.settings.seed, EVALUATION, self.epoch), self.fabric.device)
         total = torch.zeros(2, dtype=torch.float64)
-        for x, y in self.job.validation.pairs(self.fabric, max(self.settings.batch_size, 1024)):
-            log_prob = model(x).log_prob(y)
-            total += torch.stack(
-                [-log_prob.double().sum().cpu(), torch.tensor(float(log_prob.numel()), dtype=torch.float64)]
-            )
+        for x, y, weights in self.job.validation.pairs(self.fabric, max(self.settings.batch_size, 1024)):
+            if self.fabric.world_size == 1 and time.perf_counter() >= self.deadline:
+                raise _OutOfTimeError
+            nll = -model(x, memory_budget=VALIDATION_BYTES).log_prob(y).double().cpu()
+            weights = torch.ones_like(nll) if weights is None else weights.cpu()
+            total += torch.stack([(nll * weights).sum(), weights.sum()])
         if self.fabric.world_size > 1:
             total = self.fabric.all_reduce(self.fabric.to_device(total), reduce_op="sum").cpu()  # type: ignore[union-attr]
         return float(total[0] / total[1])
 
-    def _end_epoch(self, sums: _Sums, started: float) -> None:
+    def _end_epoch(self, sums: _Sums, started: float, whole: bool = True) -> None:
         learning_rate = float(self.scheduler.get_last_lr()[0])
         nlls = None
         if self.job.validation is not None:
             self.model.eval()
+            before = time.perf_counter()
             nlls = [self._validate(model) for model in self._models()]
+            self.validation_seconds = time.perf_counter() - before
             for member, nll in enumerate(nlls):
                 if math.isnan(nll):
                     self._stop(
@@ -1154,7 +1343,8 @@ class _Training:
             history.seconds.append(time.perf_counter() - started)
         self._take_time()
         self.progress.epoch(self.epoch, self._summary())
-        self._save()
+        if whole:
+            self._save()
 
     def _summary(self) -> History:
         """What the progress shows."""
@@ -1187,23 +1377,26 @@ class _Training:
         self._take_time()
         if self.epoch > 0:
             self._restore()
-        which = (
-            f"the weights {self._kept_epoch()}"
-            if self.epoch > 0
-            else "the weights of the moment, as no epoch was complete"
-        )
-        function = "fit" if self.job.num_members == 1 else "fit_ensemble"
-        resume = (
-            "" if self.job.folder is None or self.epoch == 0 else f" Call {function}(..., resume=True) to continue."
-        )
         if self.fabric.is_global_zero:
             self.progress.stop()
             warnings.warn(
                 f"Training was interrupted in epoch {self.epoch + 1} of {self.settings.epochs}; "
-                f"{'the model has' if self.job.num_members == 1 else 'the members have'} "
-                f"{which}.{resume}",
+                f"{self._who_has()} {self._which_weights()}.{self._how_to_resume()}",
                 stacklevel=2,
             )
+
+    def _who_has(self) -> str:
+        return "the model has" if self.job.num_members == 1 else "the members have"
+
+    def _which_weights(self) -> str:
+        if self.epoch == 0:
+            return "the weights of the moment, as no epoch was complete"
+        return f"the weights {self._kept_epoch()}"
+
+    def _how_to_resume(self) -> str:
+        if self.job.folder is None or self.epoch == 0:
+            return ""
+        return f" Call {'fit' if self.job.num_members == 1 else 'fit_ensemble'}(..., resume=True) to continue."
 
     # ------------------------------------------------------------------ failures
 
