@@ -22,6 +22,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CheckpointError",
+    "EnergyChain",
     "EnergyEnsemble",
     "EnergyRegressionModel",
     "EnergyRegressor",
@@ -31,9 +32,11 @@ __all__ = [
     "WeightedPoints",
     "bases",
     "calibration",
+    "chain",
     "datasets",
     "encoders",
     "fit",
+    "fit_chain",
     "fit_ensemble",
     "heads",
     "integrators",
@@ -56,6 +59,7 @@ __all__ = [
 # seconds that `energyreg --help` should not.
 _ORIGIN = {
     "CheckpointError": "checkpoint",
+    "EnergyChain": "chain",
     "EnergyEnsemble": "ensemble",
     "EnergyRegressionModel": "model",
     "EnergyRegressor": "estimator",
@@ -64,6 +68,7 @@ _ORIGIN = {
     "TrainingError": "training",
     "WeightedPoints": "points",
     "fit": "training",
+    "fit_chain": "chain_training",
     "fit_ensemble": "ensemble_training",
     "load": "checkpoint",
     "refine": "refine",
@@ -103,6 +108,7 @@ if TYPE_CHECKING:
     from energyreg import (
         bases,
         calibration,
+        chain,
         datasets,
         encoders,
         heads,
@@ -118,6 +124,8 @@ if TYPE_CHECKING:
         spaces,
         tables,
     )
+    from energyreg.chain import EnergyChain
+    from energyreg.chain_training import fit_chain
     from energyreg.checkpoint import CheckpointError, load, save
     from energyreg.ensemble import EnergyEnsemble
     from energyreg.ensemble_training import fit_ensemble

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,9 @@ class TableEncoder(nn.Module):
         Gorishniy et al., "On embeddings for numerical features in tabular deep learning", NeurIPS 2022.
     """
 
+    only_initial: ClassVar[tuple[str, ...]] = ("frequency_scale",)
+    """Arguments that shape the initial weights only, so that members of an ensemble may differ in them."""
+
     def __init__(
         self,
         num_features: int,
@@ -215,6 +219,9 @@ class MixedTableEncoder(nn.Module):
     >>> encoder(torch.tensor([[0.3, 2, 4], [-1.0, 0, 1]])).shape
     torch.Size([2, 8])
     """
+
+    only_initial: ClassVar[tuple[str, ...]] = ("frequency_scale",)
+    """Arguments that shape the initial weights only, so that members of an ensemble may differ in them."""
 
     def __init__(
         self,

@@ -30,21 +30,23 @@ __all__ = ["EnergyEnsemble", "EnsembleDistribution", "Uncertainty"]
 
 
 class EnergyEnsemble(nn.Module):
-    r"""Several models of one target as one: their densities' mean.
+    r"""Several models of one target as one: the mean of their densities, weighted if wanted.
 
-    .. math:: p(y|x) = \frac1n \sum_{s=1}^n p_s(y|x)
+    .. math:: p(y|x) = \sum_{s=1}^n w_s \, p_s(y|x), \qquad w_s = \frac1n \text{ by default}
 
     Args:
         members: The models. They must agree on the target space and on the reference measure of their bases, as they
             do when they are fitted to the same training targets.
+        weights: Their weights, n numbers ≥ 0 that sum to 1; None for equal ones.
 
     Attributes:
         members: The models.
+        weights: Their weights, a list; None where they are equal. :meth:`fit_weights` sets them.
         histories: How each of them was trained, a list of :class:`energyreg.training.History`, where
             :func:`energyreg.fit_ensemble` did it; else empty.
 
     Raises:
-        ValueError: If there is no member, one is no EnergyRegressionModel, or they do not agree.
+        ValueError: If there is no member, one is no EnergyRegressionModel, they do not agree, or the weights are none.
 
     Source:
         Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles", NeurIPS
@@ -56,7 +58,7 @@ class EnergyEnsemble(nn.Module):
     (torch.Size([5]), torch.Size([5, 2]), torch.Size([5, 1]))
     """
 
-    def __init__(self, members: Iterable[EnergyRegressionModel]) -> None:
+    def __init__(self, members: Iterable[EnergyRegressionModel], weights: Sequence[float] | None = None) -> None:
         super().__init__()
         members = list(members)
         if not members:
@@ -72,6 +74,7 @@ class EnergyEnsemble(nn.Module):
                     "by fit_ensemble."
                 )
         self.members = nn.ModuleList(members)
+        self.weights = None if weights is None else _check_weights(weights, len(members))
         self.histories: list[Any] = []  # of History, which belongs to a layer above this one
 
     def __len__(self) -> int:
@@ -132,14 +135,86 @@ class EnergyEnsemble(nn.Module):
         share = max(memory_budget // len(self), 1)
         members = [m(x, integrator=integrator, seed=seed, memory_budget=share) for m in self._models()]
         return EnsembleDistribution(
-            members, self.space, self._integrator() if integrator is None else integrator,
+            members, self.space, self._integrator() if integrator is None else integrator, weights=self.weights,
             differentiable=self.training, dtype=self.dtype, device=self.device, seed=seed, memory_budget=memory_budget,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def fit_weights(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        prior: float = 20.0,
+        integrator: Integrator | None = None,
+        memory_budget: int = 256 * 2**20,
+    ) -> list[float]:
+        r"""Set the weights by the likelihood of rows that no member was trained on.
+
+        .. math:: \max_w \sum_i \log \sum_s w_s \, p_s(y_i|x_i) + \frac{a}{n} \sum_s \log w_s
+
+        by expectation maximisation; the problem is concave. With few rows the weights stay near equal ones.
+
+        Args:
+            x: Inputs of the rows.
+            y: Their targets, shape (N, D), or (N,) for D = 1.
+            sample_weight: Weights of the rows, shape (N,); equal by default.
+            prior: How many rows the equal weights count as, a.
+            integrator: As in :meth:`forward`.
+            memory_budget: As there.
+
+        Returns:
+            The weights.
+
+        Raises:
+            ValueError: If x, y, the weights or the prior cannot be used.
+
+        Source:
+            Smyth and Wolpert, "Linearly combining density estimators via stacking", Machine Learning 1999.
+        """
+        if not (isinstance(prior, (int, float)) and math.isfinite(prior) and prior > 0):
+            raise ValueError(f"prior is {prior!r}; expected a number of rows > 0.")
+        targets = self.check_targets(y)
+        p = self(x, integrator=integrator, memory_budget=memory_budget)
+        log_p = torch.stack([member.log_prob(targets) for member in p.members]).double()
+        rows = log_p.new_ones(len(targets)) if sample_weight is None else torch.as_tensor(sample_weight).to(log_p)
+        if rows.shape != (len(targets),) or not bool((rows >= 0).all()) or not bool(rows.isfinite().all()):
+            raise ValueError(
+                f"sample_weight has shape {tuple(rows.shape)}; expected {(len(targets),)} finite numbers ≥ 0."
+            )
+        known = log_p.isfinite().any(0)  # a row that no member thinks possible says nothing about which is best
+        log_p, rows = log_p[:, known], rows[known]
+        share = prior / len(self)
+        weights = log_p.new_full((len(self),), 1 / len(self))
+        for _ in range(10_000):
+            before = weights
+            responsible = (log_p + weights.log()[:, None]).softmax(0)
+            weights = (responsible * rows).sum(1) + share
+            weights = weights / weights.sum()
+            if bool((weights - before).abs().max() < 1e-7):
+                break
+        self.weights = weights.tolist()
+        return self.weights
 
     def _integrator(self) -> Integrator:
         """The members' default; a grid for two dimensions if one of them has no proposal to draw points from."""
         without = [member for member in self._models() if member.proposal is None]
         return (without or self._models())[0].default_integrator()
+
+
+def _check_weights(weights: Sequence[float], count: int) -> list[float]:
+    values = [float(weight) for weight in weights]
+    if len(values) != count or not all(0 <= value <= 1 for value in values) or abs(sum(values) - 1) > 1e-6:
+        raise ValueError(f"weights is {weights!r}; expected {count} numbers ≥ 0 that sum to 1, one for each member.")
+    return values
+
+
+def _log_weights(weights: Sequence[float] | None, count: int) -> Tensor:
+    """Log-weights, shape (n,), in double precision."""
+    if weights is None:
+        return torch.full((count,), -math.log(count), dtype=torch.double)
+    return torch.tensor(weights, dtype=torch.double).log()
 
 
 def disagreement(a: EnergyRegressionModel, b: EnergyRegressionModel) -> str | None:
@@ -179,7 +254,7 @@ def _equal(a: nn.Module, b: nn.Module) -> bool:
 class EnsembleEnergy:
     r"""The energy function of a mixture of models, for the B rows of a batch: the log of the mean of their densities.
 
-    .. math:: f(x, z) = \log \frac1n \sum_{s=1}^n \exp(f_s(x, z) - \log Z_s(x))
+    .. math:: f(x, z) = \log \sum_{s=1}^n w_s \exp(f_s(x, z) - \log Z_s(x))
 
     It has the interface of :class:`~energyreg.energy.EnergyFunction`, so that all inference works on it. f is
     normalised, as each member is by its own integration; so the density is the mean of the members' exactly.
@@ -187,6 +262,7 @@ class EnsembleEnergy:
     Args:
         energies: The members' energy functions of these rows.
         log_partitions: Gives the members' log Z, shape (n, B); asked when f is first evaluated.
+        log_weights: Log-weights of the members, shape (n,).
     """
 
     normalised = True
@@ -194,7 +270,10 @@ class EnsembleEnergy:
     is_reference = False
     """Whether f is the log-density of the reference itself."""
 
-    def __init__(self, energies: Sequence[EnergyFunction], log_partitions: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, energies: Sequence[EnergyFunction], log_partitions: Callable[[], Tensor], log_weights: Tensor
+    ) -> None:
+        self.log_weights = log_weights.tolist()
         self.energies, self._log_partitions = energies, log_partitions
         self.context, self.reference = energies[0].context, energies[0].reference
         self.conditional = any(f.conditional for f in energies)
@@ -220,7 +299,8 @@ class EnsembleEnergy:
 
     def _mean(self, values: list[Tensor]) -> Tensor:
         log_z = self._log_partitions()
-        return torch.stack([f - z for f, z in zip(values, log_z, strict=True)]).logsumexp(0) - math.log(len(values))
+        each = zip(values, log_z, self.log_weights, strict=True)
+        return torch.stack([f - z + w for f, z, w in each]).logsumexp(0)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""
@@ -292,7 +372,7 @@ class Uncertainty:
 
     The entropy of the mixture is the members' mean entropy plus the mutual information between target and member,
 
-    .. math:: H\left[\frac1n \sum_s p_s\right] = \frac1n \sum_s H[p_s] + I(y; s|x)
+    .. math:: H\left[\sum_s w_s p_s\right] = \sum_s w_s H[p_s] + I(y; s|x)
 
     with I between 0 (all members say the same) and log n (no two overlap). The variance of the mixture is the members'
     mean variance plus the variance of their means; for an angle, where that law does not hold, the epistemic part is
@@ -316,7 +396,7 @@ class Uncertainty:
 
 
 class EnsembleDistribution(PredictiveDistribution):
-    """p(y|x) of an ensemble for B rows of x, in user units: the mean of its members' densities.
+    """p(y|x) of an ensemble for B rows of x, in user units: the weighted mean of its members' densities.
 
     Made by calling an ensemble. See :class:`~energyreg.predictive.PredictiveDistribution` for what it can do.
 
@@ -324,6 +404,7 @@ class EnsembleDistribution(PredictiveDistribution):
         members: The members' predictive distributions.
         space: Target space.
         integrator: How points are made.
+        weights: The members' weights; equal by default.
         **settings: The rest of what a PredictiveDistribution takes.
 
     Attributes:
@@ -331,15 +412,22 @@ class EnsembleDistribution(PredictiveDistribution):
     """
 
     def __init__(
-        self, members: Sequence[PredictiveDistribution], space: TargetSpace, integrator: Integrator, **settings: Any
+        self,
+        members: Sequence[PredictiveDistribution],
+        space: TargetSpace,
+        integrator: Integrator,
+        weights: Sequence[float] | None = None,
+        **settings: Any,
     ) -> None:
         self.members = list(members)
+        self._log_weights = _log_weights(weights, len(self.members))
         self._log_z: Tensor | None = None
         super().__init__(self._mixed, members[0].batch_shape[0], space, integrator, **settings)
 
     def _mixed(self, rows: Rows) -> Any:
         # The same interface by another class: the type checker need not know.
-        return EnsembleEnergy([p._energy(rows) for p in self.members], partial(self._log_partitions, rows))
+        energies = [p._energy(rows) for p in self.members]
+        return EnsembleEnergy(energies, partial(self._log_partitions, rows), self._log_weights)
 
     def _log_partitions(self, rows: Rows) -> Tensor:
         """Log Z of the members, (n, B); computed once, for all rows."""
@@ -361,18 +449,24 @@ class EnsembleDistribution(PredictiveDistribution):
             y = self._space.to_user(chunk.z)
             jacobian = self._space.log_abs_det_jacobian(y).to(self._dtype)
             log_p = chunk.f.member_log_densities(chunk.z.to(self._dtype))
-            log_mean = log_p.logsumexp(0) - math.log(len(log_p))
+            weights = self._log_weights.to(log_p).reshape(-1, *[1] * (log_p.ndim - 1))
+            log_mean = (log_p + weights).logsumexp(0)
             shares = (log_p - log_mean).nan_to_num(-math.inf).exp()
             # 0 log 0 = 0
-            mutual = torch.where(shares > 0, shares * (log_p - log_mean), 0.0).mean(0)
+            mutual = (weights.exp() * torch.where(shares > 0, shares * (log_p - log_mean), 0.0)).sum(0)
             masses = chunk.masses
             total = -torch.where(masses > 0, masses * (log_mean + jacobian), 0.0).sum(0)
             epistemic = torch.where(masses > 0, masses * mutual, 0.0).sum(0)
             return torch.stack([total, total - epistemic, epistemic], -1)
 
         total, aleatoric, epistemic = self._gather(entropies).to(self._dtype).unbind(-1)
-        inner = torch.stack([p.variance for p in self.members]).mean(0)
-        between = torch.stack([p.mean for p in self.members]).var(0, correction=0)
+        means, shares = torch.stack([p.mean for p in self.members]), self._log_weights.exp()
+
+        def average(values: Tensor) -> Tensor:
+            return (shares.to(values)[:, None, None] * values).sum(0)
+
+        inner = average(torch.stack([p.variance for p in self.members]))
+        between = average((means - average(means)).square())
         if any(self._space.periodic):
             between = torch.where(self._angles(), self.variance - inner, between)
         return Uncertainty(total, aleatoric, epistemic, inner + between, inner, between)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 import numbers
@@ -11,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,18 @@ import torch
 from torch import Tensor
 
 from energyreg import checkpoint
+from energyreg.blocks import FileTable, MemoryTable, Scratch, Source, encode, rows_to_learn_from
 from energyreg.calibration import Calibration, ConformalIntervals, ConformalRegions
+from energyreg.chain import EnergyChain
+from energyreg.chain_training import fit_chain
 from energyreg.ensemble import EnergyEnsemble
 from energyreg.ensemble_training import fit_ensemble
 from energyreg.integrators import ImportanceSampling
 from energyreg.model import EnergyRegressionModel
 from energyreg.predictive import HighestDensityRegion, PredictiveDistribution
 from energyreg.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
-from energyreg.tables import Column, TablePreprocessor, column_names, read_columns
+from energyreg.tablefiles import TableFileError, error_about
+from energyreg.tables import TablePreprocessor, column_names, read_columns
 from energyreg.training import History, fit
 
 try:
@@ -44,16 +50,38 @@ STEPS = 1_000
 """Training steps that are worth taking, however few the rows."""
 EPOCHS = (20, 60)
 """Fewest and most passes over the rows by default."""
+FREQUENCY_SCALES = (0.15, 1.5)
+"""Span over which the members' frequency scales are spread: smooth, as kin8nm wants it, to jagged, as naval does."""
+FEWEST_TO_SPREAD = 500
+"""Rows from which on they are."""
+MORE_DROPOUT = 20_000
+"""Rows from which on the dropout is that of the model's default."""
 FEWEST_TO_SPLIT = 40
 """Rows below which none are held out by default: they are worth more in the training."""
 BUDGET_SHARE = 0.8
 """Share of a time budget that is planned for; a machine does not run evenly."""
+MOST_HELD_OUT = 20_000
+"""Rows held out at most, for validation and for conformal scores: more would tell nothing, and take time."""
+CALIBRATION_ROWS = 10_000
+"""Validation rows by which the two numbers of the calibration are chosen, at most."""
+CALIBRATION_BYTES = 2**25
+"""Working memory of the calibration."""
+ENCODED_IN_MEMORY = 2**28
+"""Bytes up to which the encoded rows of a table that is not in memory are kept there."""
+TIMED_ROWS, CALIBRATED_TO_TIME = 2_048, 256
+"""Validation rows that are predicted, and calibrated on, to see how long it takes."""
 PREDICTION_ROWS = 16_384
 """Rows of a table that are predicted at once, by default."""
 KINDS_OF_PREDICTION = ("mean", "median", "mode")
 BASES = ("auto", "marginal", "proposal")
+OUTPUTS = ("auto", "joint", "chain")
+CHAINED_FROM = 3
+"""Outputs from which on they are a chain by default."""
 SAMPLES = 1024
 """Points per row of a density of several outputs that has a proposal."""
+ROWS_OF_SEVERAL = 500, 2_000
+"""Rows by which densities of several outputs are calibrated, and get their conformal scores, at most: each takes as
+long as a prediction."""
 LATTICE_NODES = 16
 """Points of the rule that integrates the density over a cell of the lattice."""
 
@@ -76,17 +104,29 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         learning_rate: Peak learning rate.
         width: Width of the encoder.
         depth: Its hidden layers.
-        dropout: Dropout probability after each of them; None for 0.2, or none with a single feature.
+        dropout: Dropout probability after each of them; None for 0.1 below 20,000 rows, else 0.2, and none with a
+            single feature.
+        frequency_scale: How fast the encoder's periodic features vary (see
+            :class:`~energyreg.encoders.TableEncoder`). "auto": from 0.2 to 1.2, another one for each member, so that
+            the weights of the members tell what the data want; one for all with a single feature, fewer than 500 rows
+            or a chain of outputs.
         base: Base measure: "marginal", the smooth marginal of y; "proposal", a mixture density network that the
-            energy departs from; "auto": "proposal" below 10,000 rows. More than two outputs always have a proposal.
+            energy departs from; "auto": "proposal" below 10,000 rows. A joint model of more than two outputs always
+            has a proposal.
+        outputs: How several outputs are modelled: "joint", one energy of all of them; "chain", the chain rule with one
+            energy for each given x and those before it, in the order of the columns (see :mod:`energyreg.chain`);
+            "auto": the chain from three outputs on.
         num_components: Gaussians of the mixture density network, where there is one.
-        validation_fraction: Share of the rows held out, by which the epoch and the calibration are chosen; None or 0
-            for none. Ignored with an `eval_set`, and below 40 rows.
-        time_budget: Seconds that `fit` may take, about: a few steps are timed, and epochs and members chosen to fit;
-            `verbose` and the log say which. Results then depend on the machine.
-        calibrate: Whether temperature and defensive share are chosen on the validation rows, for one output.
+        validation_fraction: Share of the rows held out, by which the epoch and the calibration are chosen, but 20,000
+            rows at most; None or 0 for none. Ignored with an `eval_set`, and below 40 rows.
+        time_budget: Seconds that `fit` may take: a few steps are timed, and epochs and members chosen to fit (and rows,
+            where one epoch is too long); `verbose` and the log say which. Where the machine is slower than planned,
+            training stops at the last step that the budget allows, with the best weights so far, and a warning says
+            so. Results then depend on the machine.
+        calibrate: Whether the members' weights, temperature and defensive share are chosen on the validation rows
+            (10,000 of them at most, 500 for several outputs).
         conformal: Whether `validation_fraction` of the rows more are held out, by which intervals and highest-density
-            regions get exact finite-sample coverage; for one output.
+            regions get exact finite-sample coverage.
         max_levels: Categories of a column with a code of their own.
         min_count: Training rows that a category needs for that.
         random_state: Seed of everything: int, RandomState or None.
@@ -106,6 +146,8 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         feature_names_in_: Their names, where X had some.
         n_outputs_: Columns of y.
         n_iter_: Epochs of the training.
+        frequency_scales_: The members' frequency scales; None for the encoder's default.
+        member_weights_: The members' weights in the mixture of their densities.
         n_members_: Members of the ensemble.
 
     Raises:
@@ -115,9 +157,14 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
     that is uniform over the rounding: "count" always, "real", "positive" and "interval" where y has ties and all values
     are multiples of one step. `score_samples` and `predict_probabilities` undo it.
 
-    Weights (`sample_weight`) enter by systematic resampling of the training rows: a row with weight w is drawn
-    floor(w) or ceil(w) times, w relative to the mean weight. So weights much smaller than the mean drop rows by
-    chance. Equal weights change nothing; the calibration weights the validation rows.
+    Weights (`sample_weight`) weight the loss of each training row, and the validation likelihood and the calibration
+    each validation row; only their ratios matter. A row of weight 2 counts as one that is there twice (but the batches
+    are others), and rows of weight 0 as not there at all. What is learned of X and the marginal of y are not weighted,
+    nor are conformal scores.
+
+    Large tables: see `fit_file`, and pass arrays as float32 or mapped from a file (:class:`numpy.memmap`). A table is
+    encoded in blocks of rows, so that `fit` needs one float32 copy of X and little more; beyond 200,000 training rows
+    :class:`~energyreg.tables.TablePreprocessor` learns from that many, chosen by chance.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -139,7 +186,9 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         width: int = 128,
         depth: int = 2,
         dropout: float | None = None,
+        frequency_scale: Any = "auto",
         base: str = "auto",
+        outputs: str = "auto",
         num_components: int = 8,
         validation_fraction: float | None = 0.1,
         time_budget: float | None = None,
@@ -160,7 +209,9 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         self.width = width
         self.depth = depth
         self.dropout = dropout
+        self.frequency_scale = frequency_scale
         self.base = base
+        self.outputs = outputs
         self.num_components = num_components
         self.validation_fraction = validation_fraction
         self.time_budget = time_budget
@@ -201,41 +252,101 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         """
         started = time.perf_counter()
         self._check_parameters()
-        names, columns, rows = read_columns(X, "X")
-        targets = _targets(y, "y", rows)
-        weights = _weights(sample_weight, rows)
-        if rows < 2:
+        source = MemoryTable(X, "X")
+        targets = _targets(y, "y", source.rows)
+        return self._fit_source(source, targets, _weights(sample_weight, source.rows), eval_set, started)
+
+    def fit_file(
+        self,
+        path: str | os.PathLike[str],
+        target: str | Sequence[str],
+        *,
+        drop: Sequence[str] = (),
+        sample_weight: str | None = None,
+        eval_set: Any = None,
+    ) -> EnergyRegressor:
+        """Learn p(y|x) from a table in a file that need not fit into memory; the same as `fit` of the same table.
+
+        The file is read in blocks of rows, three times. The encoded rows (4 bytes for each value) are kept in memory up
+        to 256 MiB, else in a temporary file that is removed whatever happens; set TMPDIR to choose its folder. Targets
+        and weights stay in memory, with some bytes for each row.
+
+        Args:
+            path: Parquet (.parquet, .pq), Feather (.feather, .arrow) or CSV (.csv, .tsv, .txt).
+            target: Target column, or several for several outputs.
+            drop: Columns that are not used.
+            sample_weight: Column of the rows' weights.
+            eval_set: As in `fit`.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            energyreg.tablefiles.TableFileError: If the file is damaged or empty, lacks a column, or holds what cannot
+                be used; the message names the column and the row, counted from 1. It is a ValueError.
+            ValueError: If a parameter cannot be used.
+            TrainingError: If the training diverges.
+            OSError: If there is no room for the temporary file.
+        """
+        started = time.perf_counter()
+        self._check_parameters()
+        names = [target] if isinstance(target, str) else list(target)
+        if not names or isinstance(drop, str) or not all(isinstance(name, str) for name in (*names, *drop)):
+            raise ValueError(f"target is {target!r} and drop is {drop!r}; expected names of columns, drop as a list.")
+        self._say(f"Reading {path}.")
+        source = FileTable(path, names, drop, sample_weight)
+        weights = np.ones(source.rows) if source.weights is None else source.weights
+        try:
+            if not (weights > 0).any():
+                raise ValueError(f"column {sample_weight!r}, the weights, is 0 in every row.")
+            return self._fit_source(source, source.targets, weights, eval_set, started)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, TableFileError):
+                raise
+            raise error_about(error, Path(path), names) from error
+
+    def _fit_source(
+        self, source: Source, targets: np.ndarray, weights: np.ndarray, eval_set: Any, started: float
+    ) -> EnergyRegressor:
+        """Learn from a table in memory or in a file."""
+        self._rows = source.rows
+        if source.rows < 2:
             raise ValueError("X has n_samples = 1 row; expected at least 2 to learn from, and better 100. Pass more.")
-        self._set_features(X, names, len(columns))
+        self._set_features(source.given, source.names, source.width)
         self.n_outputs_ = targets.shape[1]
         space = self._space(targets)
         self._check_in_space(space, targets, "y")
+        known = np.flatnonzero(weights > 0)  # the others count as not there
+        targets, weights = targets[known], weights[known]
         evaluation = None if eval_set is None else self._evaluation(eval_set, space)
         seed = self._seed()
         rng = np.random.default_rng(seed)
-        train, held_out, conformal = self._split(rows, evaluation is not None, weights, rng)
+        train, held_out, conformal = self._split(len(known), evaluation is not None, weights, rng)
         self.lattice_step_ = self._lattice(targets)
         self._steps = self._steps_of(targets)
 
         self.preprocessor_ = TablePreprocessor(self.max_levels, self.min_count)
-        self.preprocessor_.fit_columns(names, [_take(column, train) for column in columns])
+        learned_on = rows_to_learn_from(known[train], source.width, seed)
+        self.preprocessor_.fit_columns(source.names, source.take(learned_on))
         for note in self.preprocessor_.notes_:
             self._say(note[:1].upper() + note[1:])
-        x = self.preprocessor_.transform_columns(names, columns, rows)
         z = self._continuous(targets, rng)
-        drawn = _resampled(train, weights, rng)
-        validation: tuple[np.ndarray, np.ndarray] | None = None
-        validation_weights = None
-        if evaluation is not None:
-            self._check_features(evaluation[0], "X of eval_set")
-            x_val = self.preprocessor_.transform(evaluation[0], "X of eval_set")
-            validation = x_val, self._continuous(evaluation[1], rng)
-        elif len(held_out):
-            validation, validation_weights = (x[held_out], z[held_out]), weights[held_out]
-        with self._threads():
-            self._train(x[drawn], z[drawn], validation, space, seed, started)
-            self._calibrate(validation, validation_weights)
-        self._conformal_rows(x[conformal], targets[conformal])
+        parts = [known[part] for part in (train, held_out, conformal)]
+        with Scratch(ENCODED_IN_MEMORY if source.on_disk else None) as scratch:
+            x, x_held_out, x_conformal = encode(source, self.preprocessor_, parts, scratch)
+            validation: tuple[np.ndarray, np.ndarray] | None = None
+            validation_weights = None
+            if evaluation is not None:
+                self._check_features(evaluation[0], "X of eval_set")
+                x_val = self.preprocessor_.transform(evaluation[0], "X of eval_set")
+                validation = x_val, self._continuous(evaluation[1], rng)
+            elif len(held_out):
+                validation, validation_weights = (x_held_out, z[held_out]), weights[held_out]
+            with self._threads():
+                self._train(x, z[train], weights[train], validation, validation_weights, space, seed, started)
+                self._calibrate(validation, validation_weights, seed)
+        self._conformal_rows(x_conformal, targets[conformal])
         return self
 
     def _check_parameters(self) -> None:
@@ -259,8 +370,13 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             if not fine or (least < 0 and value < 0):
                 span = "> 0" if least == 0 else "from 0 to below 1"
                 raise ValueError(f"{name} is {value!r}; expected a number {span}{' or None' if none else ''}.")
+        scale = self.frequency_scale
+        if not (_is_number(scale) and 0 < scale < math.inf) and not (isinstance(scale, str) and scale == "auto"):
+            raise ValueError(f'frequency_scale is {scale!r}; expected a number > 0 or "auto".')
         if self.base not in BASES:
             raise ValueError(f"base is {self.base!r}; expected one of {', '.join(map(repr, BASES))}.")
+        if self.outputs not in OUTPUTS:
+            raise ValueError(f"outputs is {self.outputs!r}; expected one of {', '.join(map(repr, OUTPUTS))}.")
         if self.device not in (None, "auto") and not isinstance(self.device, (str, torch.device)):
             raise ValueError(f"device is {self.device!r}; expected 'cpu', 'cuda', 'auto' or None.")
         for name in ("calibrate", "conformal"):
@@ -277,9 +393,8 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         if self.verbose:
             print(text)
 
-    def _set_features(self, X: Any, names: list[str] | None, count: int) -> None:
+    def _set_features(self, given: Sequence[Any] | None, names: Sequence[str] | None, count: int) -> None:
         self.n_features_in_ = count
-        given = column_names(X)
         if names is not None and given is not None and all(isinstance(name, str) for name in given):
             self.feature_names_in_ = np.asarray(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
@@ -355,7 +470,8 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         held_out = (
             0 if evaluated or fraction == 0 or len(order) < FEWEST_TO_SPLIT else max(round(fraction * len(order)), 1)
         )
-        conformal = max(round(share * len(order)), 1) if self.conformal else 0
+        held_out = min(held_out, MOST_HELD_OUT)
+        conformal = min(max(round(share * len(order)), 1), MOST_HELD_OUT) if self.conformal else 0
         if len(order) - held_out - conformal < 2:
             raise ValueError(
                 f"X has {len(order)} rows with a weight above 0, of which {held_out} are held out for validation and "
@@ -407,20 +523,19 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         self,
         x: np.ndarray,
         y: np.ndarray,
+        weights: np.ndarray,
         validation: tuple[np.ndarray, np.ndarray] | None,
+        validation_weights: np.ndarray | None,
         space: TargetSpace,
         seed: int,
         started: float,
     ) -> None:
         rows = len(y)
 
-        def build() -> EnergyRegressionModel:
-            few = {"auto": rows, "marginal": None, "proposal": 0}[self.base]
-            model = EnergyRegressionModel.for_table(
-                x.shape[1], copy.deepcopy(space), width=self.width, depth=self.depth, dropout=self.dropout,
-                num_components=self.num_components, num_rows=few, cardinalities=self.preprocessor_.cardinalities_,
-            )  # fmt: skip
-            return model.to(self._device())
+        scales: Iterator[float | None] = itertools.repeat(None)
+
+        def build() -> EnergyRegressionModel | EnergyChain:
+            return self._new_model(x.shape[1], space, rows, next(scales)).to(self._device())
 
         batch_size = self.batch_size or _batch_size(rows)
         steps = max(rows // min(batch_size, rows), 1)
@@ -428,21 +543,65 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         members = auto if self.n_members == "auto" else int(self.n_members)
         epochs = min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1]) if self.epochs == "auto" else int(self.epochs)
         settings: dict[str, Any] = {
-            "batch_size": batch_size, "learning_rate": self.learning_rate, "validation": validation, "seed": seed,
+            "batch_size": batch_size, "learning_rate": self.learning_rate, "seed": seed, "sample_weight": weights,
+            "validation": None if validation is None else (*validation, validation_weights),
         }  # fmt: skip
         data = torch.as_tensor(x), torch.as_tensor(y)
         if self.time_budget is not None:
-            epochs, members = self._plan_time(build, data, settings, epochs, members, steps, started)
+            plan = self._plan_time(build, data, settings, epochs, members, steps)
+            epochs, members, used = self._choose_by_time(plan, epochs, members, rows, batch_size, started)
+            settings["time_limit"] = max(self.time_budget - (time.perf_counter() - started) - plan.afterwards, 1e-3)
+            if used < rows:
+                chosen = np.sort(np.random.default_rng([seed, 2]).choice(rows, used, replace=False))
+                data, settings["sample_weight"] = (data[0][chosen], data[1][chosen]), weights[chosen]
+                steps = max(used // batch_size, 1)
+                rows = used
+        self.frequency_scales_ = self._scales_of(members, x.shape[1], rows)
+        scales = itertools.cycle(self.frequency_scales_)
         self._say(
             f"Training {members} member{'s' * (members > 1)} for {epochs} epochs of {steps} steps on {rows} rows, "
             f"{0 if validation is None else len(validation[1])} held out."
         )
         settings["progress"] = bool(self.verbose)
-        self.model_, self.histories_ = _fit(build, data, members, epochs, settings)
+        self.model_, self.histories_ = _fit(build, data, members, epochs, settings, self._chained(space.dim))
         self._set_precision()
         self.space_ = self.model_.space
         self.history_ = self.histories_[0]
         self.n_members_, self.n_iter_ = members, max(len(history.train_loss) for history in self.histories_)
+
+    def _new_model(
+        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None
+    ) -> EnergyRegressionModel | EnergyChain:
+        """A member, with weights of its own."""
+        few = {"auto": rows, "marginal": None, "proposal": 0}[self.base]
+        sizes: dict[str, Any] = {
+            "width": self.width, "depth": self.depth, "dropout": self._dropout(num_features, rows),
+            "num_components": self.num_components, "num_rows": few,
+            "cardinalities": self.preprocessor_.cardinalities_,
+        }  # fmt: skip
+        if self._chained(space.dim):
+            return EnergyChain.for_table(num_features, copy.deepcopy(space), **sizes)
+        return EnergyRegressionModel.for_table(
+            num_features, copy.deepcopy(space), frequency_scale=frequency_scale, **sizes
+        )
+
+    def _chained(self, dim: int) -> bool:
+        return dim >= {"auto": CHAINED_FROM, "joint": math.inf, "chain": 2}[self.outputs]
+
+    def _dropout(self, num_features: int, rows: int) -> float | None:
+        """Dropout probability; None for that of the model's default."""
+        if self.dropout is not None or num_features == 1 or rows >= MORE_DROPOUT:
+            return self.dropout
+        return 0.1
+
+    def _scales_of(self, members: int, num_features: int, rows: int) -> list[float | None]:
+        """The members' frequency scales; None for the model's default."""
+        if self.frequency_scale != "auto":
+            return [float(self.frequency_scale)] * members
+        if num_features == 1 or rows < FEWEST_TO_SPREAD or self._chained(self.n_outputs_):
+            return [None] * members
+        low, high = FREQUENCY_SCALES
+        return [low * (high / low) ** ((i + 0.5) / members) for i in range(members)]
 
     def _set_precision(self) -> None:
         """Double for one output, where the points are few; for several the time for it is better spent on points."""
@@ -457,37 +616,86 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         epochs: int,
         members: int,
         steps: int,
-        started: float,
-    ) -> tuple[int, int]:
-        """Epochs and members that fit the time budget, by the time that some steps take."""
+    ) -> _TimePlan:
+        """What the training takes, by the time that some steps, some validation rows and their calibration take."""
         x, y = data
         size = min(settings["batch_size"], len(y))
+        held_out, tried = settings["validation"], settings["validation"]
+        if held_out is not None:
+            tried = [None if part is None else part[:TIMED_ROWS] for part in held_out]
         seconds = {}
-        for count in (2, min(2 + max(steps, 2), 12)):  # the first run pays for what is done once, too
-            chosen = torch.arange(count * size) % len(y)
-            before = time.perf_counter()
-            history = _fit(build, (x[chosen], y[chosen]), members, 1, {**settings, "progress": False})[1][0]
-            seconds[count] = history.seconds[0] if history.seconds else time.perf_counter() - before
+        try:
+            for count in (2, min(2 + max(steps, 2), 12)):  # the first run pays for what is done once, too
+                chosen = torch.arange(count * size) % len(y)
+                trial = {
+                    **settings, "sample_weight": settings["sample_weight"][chosen], "validation": tried,
+                    "progress": False,
+                }  # fmt: skip
+                before = time.perf_counter()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what they say of is said again by the training itself
+                    model, histories = _fit(build, (x[chosen], y[chosen]), members, 1, trial, self._chained(y.shape[1]))
+                if any(history.interrupted for history in histories):
+                    raise KeyboardInterrupt
+                seconds[count] = _epoch_seconds(histories, members) or time.perf_counter() - before
+            afterwards = self._time_afterwards(model, tried, held_out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "fit was interrupted while the time of some steps was measured; there is no model yet."
+            ) from None
         (few, short), (many, long) = sorted(seconds.items())
         step = max((long - short) / (many - few), long / many / 4)
-        epoch = step * steps + max(long - step * many, 0.0)
-        left = (self.time_budget or 0.0) * BUDGET_SHARE - (time.perf_counter() - started)
+        validation = max(long - step * many, 0.0)
+        if held_out is not None:
+            validation *= len(held_out[1]) / len(tried[1])
+        return _TimePlan(step / members, steps, validation / members, afterwards)
+
+    def _time_afterwards(self, model: Any, tried: Any, held_out: Any) -> float:
+        """Seconds that the calibration will take, and the conformal scores, which are about as much work a row."""
+        if tried is None or not (self.calibrate or self.conformal):
+            return 0.0
+        one = self.n_outputs_ == 1
+        count = CALIBRATED_TO_TIME if one else CALIBRATED_TO_TIME // 8
+        x, y = tried[0][:count], tried[1][:count]
+        before = time.perf_counter()
+        integrator = ImportanceSampling(SAMPLES) if self._needs_samples(model) else None
+        model = model.double() if one else model
+        if isinstance(model, EnergyEnsemble):
+            model.fit_weights(x, y, integrator=integrator)
+        Calibration.fit(model(x, integrator=integrator), torch.as_tensor(y))
+        each = (time.perf_counter() - before) / len(y)
+        most = (CALIBRATION_ROWS, len(held_out[1])) if one else ROWS_OF_SEVERAL
+        rows = sum(min(len(held_out[1]), m) * w for m, w in zip(most, (self.calibrate, self.conformal), strict=True))
+        # A quarter of the budget at most: a first call may take many times as long as those after it.
+        return min(each * rows, (self.time_budget or math.inf) / 4)
+
+    def _choose_by_time(
+        self, plan: _TimePlan, epochs: int, members: int, rows: int, batch_size: int, started: float
+    ) -> tuple[int, int, int]:
+        """Epochs, members and rows that fit the time budget."""
+        budget = self.time_budget or 0.0
+        left = (budget - plan.afterwards) * BUDGET_SHARE - (time.perf_counter() - started)
         wanted = members
-        while members > 1 and left / (epoch * members / wanted) < epochs / 2:
+        while members > 1 and left / plan.epoch(members) < epochs / 2:
             members -= 1
-        possible = int(left / (epoch * members / wanted))
-        chosen_epochs = min(epochs, max(possible, 1))
-        self._say(
-            f"An epoch of {wanted} members takes about {epoch:.2g} s, {left:.3g} s are left: {chosen_epochs} epochs "
-            f"of {members} instead of {epochs} of {wanted}, about {chosen_epochs * epoch * members / wanted:.3g} s."
-        )
-        if possible < 1:
-            warnings.warn(
-                f"time_budget is {self.time_budget} s, but an epoch takes about {epoch * members / wanted:.2g} s; "
-                "one is trained. Pass a longer budget or fewer rows.",
-                stacklevel=4,
+        epoch = plan.epoch(members)
+        possible = int(left / epoch)
+        if possible >= 1:
+            chosen = min(epochs, possible)
+            self._say(
+                f"An epoch of {wanted} members takes about {plan.epoch(wanted):.2g} s, {left:.3g} s are left: {chosen} "
+                f"epochs of {members} instead of {epochs} of {wanted}, about {chosen * epoch:.3g} s."
             )
-        return chosen_epochs, members
+            return chosen, members, rows
+        # A part of the rows, so that the schedule comes to its end: the learning rate must become small.
+        possible = int((left - plan.validation * members) / (plan.step * members))
+        used = min(max(possible, 1) * batch_size, rows)
+        warnings.warn(
+            f"time_budget is {budget:g} s, but an epoch takes about {epoch:.2g} s; {used} of the {rows} training rows "
+            "are used, chosen by chance, and each once. Pass a longer budget.",
+            stacklevel=5,
+        )
+        return 1, members, max(used, 2)
 
     def _device(self) -> torch.device:
         if self.device == "auto":
@@ -507,12 +715,33 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         finally:
             torch.set_num_threads(before)
 
-    def _calibrate(self, validation: tuple[np.ndarray, np.ndarray] | None, weights: np.ndarray | None) -> None:
+    def _calibrate(
+        self, validation: tuple[np.ndarray, np.ndarray] | None, weights: np.ndarray | None, seed: int
+    ) -> None:
         self.calibration_ = Calibration()
-        if not self.calibrate or self.n_outputs_ > 1 or validation is None:
+        self.member_weights_ = _weights_of(self.model_)
+        if not self.calibrate or validation is None:
             return
         x, y = validation
-        self.calibration_ = Calibration.fit(self.model_(x), torch.as_tensor(y), weights)
+        most = CALIBRATION_ROWS if self.n_outputs_ == 1 else ROWS_OF_SEVERAL[0]
+        if len(y) > most:
+            rows = np.sort(np.random.default_rng([seed, 3]).choice(len(y), most, replace=False))
+            x, y, weights = x[rows], y[rows], None if weights is None else weights[rows]
+        try:
+            integrator = ImportanceSampling(SAMPLES) if self._needs_samples(self.model_) else None
+            if isinstance(self.model_, EnergyEnsemble):
+                self.member_weights_ = self.model_.fit_weights(
+                    x, y, weights, integrator=integrator, memory_budget=CALIBRATION_BYTES
+                )
+            p = self.model_(x, integrator=integrator, memory_budget=CALIBRATION_BYTES)
+            self.calibration_ = Calibration.fit(p, torch.as_tensor(y), weights)
+        except KeyboardInterrupt:
+            for history in self.histories_:
+                history.interrupted = True
+            warnings.warn("fit was interrupted in the calibration; the model is as it was trained.", stacklevel=4)
+            return
+        if len(self.member_weights_) > 1:
+            self._say(f"Weights of the members: {', '.join(f'{weight:.2f}' for weight in self.member_weights_)}.")
         t, share = self.calibration_.inverse_temperature, self.calibration_.base_share
         self._say(f"Calibration on {len(y)} rows: energy times {t:.3g}, {share:.2g} of the base.")
 
@@ -522,12 +751,11 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
                 delattr(self, name)
         if not self.conformal:
             return
-        if self.n_outputs_ > 1:
-            raise ValueError(
-                f"conformal is True, but y has {self.n_outputs_} columns; expected one. Use ConformalRegions."
-            )
+        if self.n_outputs_ > 1 and len(y) > ROWS_OF_SEVERAL[1]:
+            chosen = np.random.default_rng(len(y)).choice(len(y), ROWS_OF_SEVERAL[1], replace=False)
+            x, y = x[chosen], y[chosen]
         self.conformal_regions_ = ConformalRegions(self._distribution, x, y)
-        if not self.space_.periodic[0]:
+        if not any(self.space_.periodic):
             self.conformal_intervals_ = ConformalIntervals(self._distribution, x, y)
 
     # Predictions -----------------------------------------------------------------------------------------------------
@@ -579,11 +807,13 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         return self.preprocessor_.transform_columns(names, columns, rows)
 
     def _distribution(self, x: np.ndarray) -> PredictiveDistribution:
-        integrator = ImportanceSampling(SAMPLES) if self._needs_samples() else None
+        integrator = ImportanceSampling(SAMPLES) if self._needs_samples(self.model_) else None
         return self.calibration_(self.model_(x, integrator=integrator))
 
-    def _needs_samples(self) -> bool:
-        model = self.model_
+    @staticmethod
+    def _needs_samples(model: EnergyRegressionModel | EnergyEnsemble | EnergyChain) -> bool:
+        if isinstance(model, EnergyChain):
+            return False
         integrator = model._integrator() if isinstance(model, EnergyEnsemble) else model.default_integrator()
         return isinstance(integrator, ImportanceSampling)
 
@@ -640,7 +870,9 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
     def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
         """Equal-tailed interval of each row, and of each output by itself.
 
-        With `conformal` its coverage is at least `level` on average over new rows, whatever the density is like.
+        With `conformal` its coverage is at least `level` on average over new rows, whatever the density is like; of
+        several outputs, of all their intervals together. Not on a circle, where only
+        :meth:`predict_highest_density_region` has that.
 
         Args:
             X: Table of B rows.
@@ -730,7 +962,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
                 the model is of each row.
 
         Returns:
-            Shape (B,); -inf outside the target space.
+            Shape (B,); -inf outside the target space, and for what is no count.
 
         Raises:
             ValueError: If y does not fit, or X does not.
@@ -752,9 +984,21 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
     def _log_density(self, p: PredictiveDistribution, targets: np.ndarray) -> np.ndarray:
         if self.lattice_step_ is None:
             return p.log_prob(torch.as_tensor(targets)).double().cpu().numpy()
-        low, high = self._cell(targets)
+        possible = self._possible(targets)
+        target = self._targets_of(1)[0]
+        inside = sum(target[1:]) / 2 if isinstance(target, tuple) else self.lattice_step_
+        low, high = self._cell(np.where(possible, targets, inside))
         log_probability = self._log_probability(p, low[None, :, 0], high[None, :, 0])[0]
-        return log_probability - np.log(high - low)[:, 0]
+        return np.where(possible[:, 0], log_probability - np.log(high - low)[:, 0], -np.inf)
+
+    def _possible(self, values: np.ndarray) -> np.ndarray:
+        """Whether values are within the target space, and whole numbers where they count something."""
+        target = self._targets_of(1)[0]
+        if target == "count":
+            return (values >= 0) & (values == np.floor(values))
+        if target == "positive":
+            return values > 0
+        return (target[1] <= values) & (values <= target[2]) if isinstance(target, tuple) else np.isfinite(values)
 
     def _log_probability(self, p: PredictiveDistribution, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Log-probability of intervals, (S, B): by the cdf, or from the density where the difference is lost."""
@@ -786,10 +1030,12 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             values: Values, V of them.
 
         Returns:
-            Shape (B, V). Over all values they sum to 1 (for rounded values to the probability of their range).
+            Shape (B, V). Over all values they sum to 1 (for rounded values to the probability of their range). For
+            rounded values it is the probability of half a step to either side.
 
         Raises:
-            ValueError: If the targets were neither counts nor rounded, a value is none of theirs, or X does not fit.
+            ValueError: If the targets were neither counts nor rounded, a value is outside their space, or X does not
+                fit.
         """
         x = self._inputs(X)
         if self.lattice_step_ is None:
@@ -800,8 +1046,11 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         values = np.atleast_1d(np.asarray(values, dtype=float))
         if values.ndim != 1 or not np.isfinite(values).all():
             raise ValueError(f"values has shape {values.shape}; expected finite numbers, shape (V,).")
-        if self._counts() and ((values < 0) | (values != np.floor(values))).any():
-            raise ValueError("values holds numbers that are no counts; expected whole numbers ≥ 0.")
+        impossible = values[~self._possible(values)]
+        if len(impossible) and self._counts():
+            raise ValueError(f"values holds {impossible[0]:.9g}, which is no count; expected whole numbers ≥ 0.")
+        if len(impossible):
+            raise ValueError(f"values holds {impossible[0]:.9g}, outside the targets' space {self.target!r}.")
         low, high = self._cell(values)
         with self._threads():
             p = self._distribution(x)
@@ -842,6 +1091,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             "n_features": self.n_features_in_,
             "n_outputs": self.n_outputs_,
             "n_iter": self.n_iter_,
+            "frequency_scales": self.frequency_scales_,
             "lattice_step": self.lattice_step_,
             "calibration": [self.calibration_.inverse_temperature, self.calibration_.base_share],
             "conformal": {
@@ -872,7 +1122,9 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             self.feature_names_in_ = np.asarray(state["feature_names"], dtype=object)
         self.space_ = model.space
         self.n_features_in_, self.n_outputs_, self.n_iter_ = state["n_features"], state["n_outputs"], state["n_iter"]
-        self.n_members_ = len(model) if isinstance(model, EnergyEnsemble) else 1
+        one = model.factors[0] if isinstance(model, EnergyChain) else model
+        self.frequency_scales_, self.member_weights_ = state.get("frequency_scales"), _weights_of(model)
+        self.n_members_ = len(one) if isinstance(one, EnergyEnsemble) else 1
         self.lattice_step_ = state["lattice_step"]
         self.histories_ = [History(**history) for history in state["histories"]]
         self.history_ = self.histories_[0]
@@ -888,9 +1140,26 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
 # ---------------------------------------------------------------------------------------------- parts of fit
 
 
+@dataclass(frozen=True)
+class _TimePlan:
+    """Seconds of a step and of the validation after an epoch, each of one member; and what comes after the training."""
+
+    step: float
+    steps: int
+    validation: float
+    afterwards: float
+
+    def epoch(self, members: int) -> float:
+        return (self.step * self.steps + self.validation) * members
+
+
 def _fit(
-    build: Any, data: tuple[Tensor, Tensor], members: int, epochs: int, settings: dict[str, Any]
-) -> tuple[EnergyRegressionModel | EnergyEnsemble, list[History]]:
+    build: Any, data: tuple[Tensor, Tensor], members: int, epochs: int, settings: dict[str, Any], chained: bool
+) -> tuple[EnergyRegressionModel | EnergyEnsemble | EnergyChain, list[History]]:
+    """Train what `build` builds, which is called once for each member."""
+    if chained:
+        chain = fit_chain(build, *data, n_members=members, epochs=epochs, **settings)
+        return chain, [history for factor in chain.histories for history in factor]
     if members > 1:
         ensemble = fit_ensemble(build, *data, n_members=members, epochs=epochs, **settings)
         return ensemble, ensemble.histories
@@ -898,6 +1167,18 @@ def _fit(
         torch.manual_seed(settings["seed"])
         model = build()
     return model, [fit(model, *data, epochs=epochs, **settings)]
+
+
+def _epoch_seconds(histories: list[History], members: int) -> float:
+    """Seconds of the first epoch: of the first member, which stands for all; of a chain for each factor."""
+    return sum(history.seconds[0] for history in histories[::members] if history.seconds)
+
+
+def _weights_of(model: EnergyRegressionModel | EnergyEnsemble | EnergyChain) -> list[float]:
+    """The weights of an ensemble's members."""
+    if not isinstance(model, EnergyEnsemble):
+        return [1.0]
+    return [1 / len(model)] * len(model) if model.weights is None else model.weights
 
 
 def _batch_size(rows: int) -> int:
@@ -1022,17 +1303,6 @@ def _weights(sample_weight: Any, rows: int) -> np.ndarray:
     return weights
 
 
-def _resampled(train: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Training rows, each about as often as its weight says relative to the mean; for equal ones the rows."""
-    chosen = weights[train]
-    if (chosen == chosen[0]).all():
-        return train
-    ends = np.cumsum(chosen) / chosen.sum() * len(train)
-    places = np.arange(len(train)) + rng.uniform(0, 1)
-    drawn = train[np.searchsorted(ends, places, side="right").clip(max=len(train) - 1)]
-    return drawn if len(set(drawn.tolist())) > 1 else train
-
-
 def _step(values: np.ndarray) -> float | None:
     """The step of a lattice on which all values lie, where ties show that they are rounded; else None."""
     known = np.unique(values)
@@ -1051,10 +1321,6 @@ def _step(values: np.ndarray) -> float | None:
         if np.abs(places - np.rint(places)).max() < 1e-3:
             return candidate
     return None
-
-
-def _take(column: Column, rows: np.ndarray) -> Column:
-    return Column(column.kind, column.values[rows], column.categorical)
 
 
 def _plain(value: Any) -> Any:
