@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from scipy.special import ndtr
 
 from energyreg import metrics
+from energyreg.spaces import Circle
 
 scoringrules = pytest.importorskip("scoringrules")
 
@@ -166,6 +168,24 @@ def test_coverage_of_several_dimensions_is_that_of_the_highest_density_region():
     p = KnownGaussian2D(20_000)
     y = p.sample(generator=torch.Generator().manual_seed(3))
     assert abs(metrics.coverage(p, y, 0.9) - 0.9) < 4 * math.sqrt(0.09 / 20_000)
+
+
+def test_coverage_goes_around_the_circle():
+    class Arc:  # 0.9 of the probability from 350° to 370°, which is 10°
+        batch_shape, event_shape, _space = torch.Size((4,)), torch.Size((1,)), Circle(360.0)
+
+        def interval(self, level):
+            return torch.tensor([[350.0, 370.0]], dtype=torch.float64).expand(4, 2)
+
+    assert metrics.coverage(Arc(), [[355.0], [5.0], [-3.0], [180.0]]) == 0.75
+
+
+def test_a_read_only_array_does_not_warn():
+    y = np.zeros(3)
+    y.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.negative_log_likelihood(gaussian(3), y)
 
 
 def test_evaluate_gathers_the_scores(mixture):

@@ -222,7 +222,7 @@ def coverage(p: PredictiveDistribution, y: Any, level: float = 0.9) -> float:
     targets = _targets(p, y)
     level = _level(level)
     if targets.shape[1] == 1:
-        return _share_inside(targets, _interval(p, level))
+        return _share_inside(p, targets, _interval(p, level))
     return float(p.highest_density_region(level).contains(targets).double().mean())
 
 
@@ -274,7 +274,7 @@ def evaluate(p: PredictiveDistribution, y: Any, level: float = 0.9) -> dict[str,
     interval, values = _interval(p, level), pit(p, y)
     return scores | {
         "crps": crps(p, y),
-        "coverage": _share_inside(_targets(p, y), interval),
+        "coverage": _share_inside(p, _targets(p, y), interval),
         "interval_width": float(interval.diff(dim=1).mean()),
         "calibration_error": _calibration_error(values),
         "ks": _kolmogorov_smirnov(values),
@@ -285,9 +285,12 @@ def _interval(p: PredictiveDistribution, level: float) -> Tensor:
     return p.interval(level).double().cpu()
 
 
-def _share_inside(targets: Tensor, interval: Tensor) -> float:
-    inside = (interval[:, :1] <= targets) & (targets <= interval[:, 1:])
-    return float(inside.double().mean())
+def _share_inside(p: PredictiveDistribution, targets: Tensor, interval: Tensor) -> float:
+    low, high = interval[:, :1], interval[:, 1:]
+    period = getattr(getattr(p, "_space", None), "period", None)
+    if period is not None:  # the interval of an angle may run past the end of the circle
+        return float(((targets - low) % float(period) <= high - low).double().mean())
+    return float(((low <= targets) & (targets <= high)).double().mean())
 
 
 def _kolmogorov_smirnov(values: Tensor) -> float:
@@ -327,7 +330,8 @@ def _event_dim(p: PredictiveDistribution) -> int:
 def _targets(p: PredictiveDistribution, y: Any) -> Tensor:
     """Observed targets as a float64 tensor of shape (B, D) that fits `p`."""
     rows, dim = int(p.batch_shape[0]), _event_dim(p)
-    targets = torch.as_tensor(y)
+    # A copy of what numpy may hold read-only, as pandas does, which torch warns of.
+    targets = torch.as_tensor(y) if isinstance(y, Tensor) else torch.tensor(np.asarray(y))
     if targets.ndim == 1 and dim == 1:
         targets = targets[:, None]
     if tuple(targets.shape) != (rows, dim):
