@@ -22,14 +22,17 @@ LAYERS = [
     {"predictive"},
     {"model"},
     {"ensemble", "export"},
+    {"chain"},
     {"checkpoint", "metrics"},
     {"plots"},
     {"training"},
     {"ensemble_training"},
+    {"chain_training"},
     {"report"},
     {"tables", "calibration", "tablefiles"},
+    {"blocks"},
     {"estimator"},
-    {"evaluation"},
+    {"evaluation", "skpro"},
     {"table_report"},
     {"demo"},
     {"cli"},
@@ -43,7 +46,7 @@ TOP = "demo"
 # What a module may import while it is itself imported; anything else waits inside the function that uses it.
 EAGER = {*stdlib_module_names, "torch", "numpy", PACKAGE}
 # A class needs its bases while it is made, a command its options; the package imports these only when asked for them.
-BASES = {"estimator": {"sklearn"}, "cli": {"typer"}}
+BASES = {"estimator": {"sklearn"}, "skpro": {"skpro"}, "cli": {"typer"}}
 
 
 def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[str, ast.stmt]]:
