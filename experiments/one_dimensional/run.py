@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import fcntl
 import json
 import math
 import multiprocessing
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 
 from energyreg.checkpoint import write_atomically
 from energyreg.demo import describe_machine
+from experiments.claims import claim
 from experiments.one_dimensional.training import Papers, Result, Setting
 
 __all__ = ["RESULTS", "run", "select"]
@@ -42,21 +42,6 @@ def blocks(settings: Sequence[Setting], seeds: int | None = None) -> list[tuple[
             # Blocks stay whole whatever --seeds says, for the samples of a block come from one generator.
             work.append((setting, list(range(start, min(start + setting.block, setting.seeds)))))
     return sorted(work, key=lambda item: (item[1][0] // item[0].block, item[0].seconds))
-
-
-@contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Whether this process has the claim. The lock goes with the process, so that a killed one leaves no claim."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _numbers(values: Any) -> Any:
@@ -104,7 +89,7 @@ def _work(work: list[tuple[Setting, list[int]]], results: Path) -> bool:
         path = folder / f"{seeds[0]:02}-{seeds[-1]:02}.json"
         if path.exists():
             continue
-        with _claim(path.with_suffix(".lock")) as claimed:
+        with claim(path.with_suffix(".lock")) as claimed:
             if not claimed or path.exists():
                 continue
             started = time.perf_counter()

@@ -1,0 +1,1 @@
+"""Nine tables of the UCI repository: the estimator against what people use for predictive distributions."""
