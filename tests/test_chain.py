@@ -407,3 +407,18 @@ def test_boxes_of_the_estimator_cover_together():
 def test_a_bad_choice_of_outputs_is_named():
     with pytest.raises(ValueError, match="outputs is 'both'; expected one of 'auto', 'joint', 'chain'"):
         er.EnergyRegressor(**FAST, outputs="both").fit(INPUTS, OUTPUTS)
+
+
+def test_weights_of_a_factors_members_count():
+    chain, first = normal_chain(3), normal_chain(1)
+    x = torch.linspace(-1, 1, 4, dtype=DOUBLE)[:, None]
+    y = torch.zeros(4, 3, dtype=DOUBLE)
+    for part in chain.factors:
+        part.weights = [1.0, 0.0, 0.0]
+    assert torch.allclose(chain(x).log_prob(y), first(x).log_prob(y), atol=1e-4)
+    for part in chain.factors:
+        part.weights = [0.25, 0.0, 0.75]
+    draws = chain(x).sample((4000,), generator=torch.Generator().manual_seed(0))
+    # The first output's mean is x times 1, 1.4 or 1.8.
+    expected = x[:, 0] * (0.25 * 1.0 + 0.75 * 1.8)
+    assert torch.allclose(draws[..., 0].mean(0), expected, atol=5 * 0.7 / 4000**0.5)

@@ -366,6 +366,13 @@ def _permutation(order: Sequence[int] | None, dim: int) -> list[int]:
     return numbers
 
 
+def _shares(factor: EnergyRegressionModel | EnergyEnsemble) -> list[float]:
+    """Weights of a factor's members."""
+    count = len(_members(factor))
+    weights = factor.weights if isinstance(factor, EnergyEnsemble) else None
+    return [1 / count] * count if weights is None else weights
+
+
 def _members(factor: EnergyRegressionModel | EnergyEnsemble) -> list[EnergyRegressionModel]:
     return list(factor._models()) if isinstance(factor, EnergyEnsemble) else [factor]
 
@@ -486,8 +493,8 @@ class ChainEnergy:
         if len(parts) == 1:
             return parts[0]
         return EnsembleDistribution(
-            parts, factor.space, AdaptiveQuadrature(), differentiable=torch.is_grad_enabled(), dtype=factor.dtype,
-            device=factor.device, memory_budget=self.budget,
+            parts, factor.space, AdaptiveQuadrature(), weights=getattr(factor, "weights", None),
+            differentiable=torch.is_grad_enabled(), dtype=factor.dtype, device=factor.device, memory_budget=self.budget,
         )  # fmt: skip
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -534,11 +541,12 @@ class ChainEnergy:
         ordered = torch.zeros(count * rows, dim, dtype=self.chain.dtype, device=self.x.device)
         for position, factor in enumerate(self.chain._factors()):
             # A draw of a mixture is one of a member, which the same uniform number chooses.
-            members = len(_members(factor))
-            scaled = uniforms[..., position] * members
-            chosen = scaled.long().clamp_max(members - 1)
-            level = (scaled - chosen).clamp(1e-9, 1 - 1e-9)
-            for member in range(members):
+            shares = uniforms.new_tensor(_shares(factor))
+            ends = shares.cumsum(0)
+            chosen = torch.searchsorted(ends, uniforms[..., position].contiguous(), right=True)
+            chosen = chosen.clamp_max(len(shares) - 1)
+            level = ((uniforms[..., position] - (ends - shares)[chosen]) / shares[chosen]).clamp(1e-9, 1 - 1e-9)
+            for member in range(len(shares)):
                 if position == 0:
                     values = _quantiles(self._one(0, member, None, ordered[:rows, :0], quadrature), level)
                     first = ordered[:, 0].view(count, rows)

@@ -1123,7 +1123,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         self.space_ = model.space
         self.n_features_in_, self.n_outputs_, self.n_iter_ = state["n_features"], state["n_outputs"], state["n_iter"]
         one = model.factors[0] if isinstance(model, EnergyChain) else model
-        self.frequency_scales_, self.member_weights_ = state.get("frequency_scales"), _weights_of(model)
+        self.frequency_scales_, self.member_weights_ = state.get("frequency_scales", []), _weights_of(model)
         self.n_members_ = len(one) if isinstance(one, EnergyEnsemble) else 1
         self.lattice_step_ = state["lattice_step"]
         self.histories_ = [History(**history) for history in state["histories"]]
