@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,8 +63,11 @@ class Outcome:
 
     @property
     def seconds_per_seed(self) -> float:
-        """Training and evaluation, on one thread, of seeds that were trained together."""
-        return sum(record["seconds"] for record in self.records) / self.seeds
+        """Training and evaluation of seeds that were trained together, on one thread.
+
+        The median over the blocks, for some ran beside other work, or were paused for it.
+        """
+        return statistics.median(record["seconds"] / len(record["seeds"]) for record in self.records)
 
 
 def read(results: Path) -> list[Outcome]:
