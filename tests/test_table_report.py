@@ -4,7 +4,6 @@ import math
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +16,11 @@ pytest.importorskip("jinja2")
 stats = pytest.importorskip("scipy.stats")
 
 from energyreg import evaluation, report, spaces, table_report  # noqa: E402
+from energyreg.chain import EnergyChain  # noqa: E402
 from energyreg.estimator import EnergyRegressor  # noqa: E402
 from energyreg.evaluation import LEVELS, LinearForecast, MarginalForecast, circular_crps  # noqa: E402
 from energyreg.report import Drawing, Gallery, GalleryItem, Section, SectionedReport, Table  # noqa: E402
+from energyreg.spaces import Real  # noqa: E402
 
 KINDS = {"real": ["y"], "positive": ["y"], "count": ["y"], "circle": ["y"], "two": ["y", "z"]}
 PAGES = {kind: names for kind, names in KINDS.items() if kind != "positive"}
@@ -240,10 +241,15 @@ def test_angles_are_far_apart_by_the_circle_in_the_energy_score():
 
 
 def test_marginals_of_a_chain_are_in_the_order_of_the_outputs():
-    parts = [SimpleNamespace(log_prob=lambda z, k=k: k * z[:, 0], name=k) for k in (2.0, 3.0)]
-    chain = SimpleNamespace(factors=[SimpleNamespace(base=part) for part in parts], order=[1, 0])
-    marginals = evaluation._Marginals(chain)
-    assert marginals.log_prob(torch.tensor([[1.0, 10.0]])).item() == 3.0 * 1 + 2.0 * 10
+    chain = EnergyChain.for_table(1, Real(2), order=[1, 0], width=4)
+    for scale, part in zip((2.0, 3.0), chain.factors, strict=True):
+        part.base.fit(scale * torch.randn(200, 1, generator=torch.Generator().manual_seed(0)))
+    z = torch.tensor([[1.0, 10.0]])
+    second, first = (part.base for part in chain.factors)
+    expected = first.log_prob(z[:, :1]) + second.log_prob(z[:, 1:])
+    reference = evaluation._reference(chain)
+    assert torch.equal(reference.log_prob(z), expected)
+    assert not torch.equal(reference.log_prob(z.flip(-1)), expected)
 
 
 # ---------------------------------------------------------------------------------------------- parts of the page

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from energyreg import tablefiles
-from energyreg.checkpoint import writing_error
+from energyreg.checkpoint import reserve, writing_error
 from energyreg.tablefiles import TableFileError
 from energyreg.tables import Column, TablePreprocessor, column_names, read_columns
 
@@ -231,10 +231,9 @@ def _numbers(series: Series, path: Path, what: str, offset: int) -> np.ndarray:
         bad |= values < 0
     if bad.any():
         row = int(bad.argmax())
-        value = series.iloc[row]
-        value = "no value" if pandas.isna(value) else repr(value if isinstance(value, str) else str(value))
+        found = tablefiles.describe_value(series.iloc[row])
         raise TableFileError(
-            f"{path}: the {what} column {str(series.name)!r} has {value} in row {offset + row + 1}; expected finite "
+            f"{path}: the {what} column {str(series.name)!r} has {found} in row {offset + row + 1}; expected finite "
             f"numbers{' ≥ 0' if what == 'weight' else ''}. Fill in or drop such rows."
         )
     return values
@@ -333,11 +332,7 @@ class Scratch:
         try:
             with open(path, "xb") as file:
                 # A file with holes would end the process, instead of an error, when the disk is full.
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    for start in range(0, size, 2**20):
-                        file.write(bytes(min(2**20, size - start)))
+                reserve(file, size)
         except OSError as error:
             raise writing_error(path.parent, error, size) from error
         matrix = np.memmap(path, np.float32, "r+", shape=(rows, columns))

@@ -266,6 +266,13 @@ class EnergyChain(nn.Module):
         return Product(*(spaces[output] for output in range(len(spaces))))
 
     @property
+    def reference(self) -> _Reference:
+        """The product of the factors' reference measures, in the order of the outputs."""
+        bases = {output: _members(factor)[0].base for output, factor in zip(self.order, self._factors(), strict=True)}
+        ordered = [bases[output] for output in range(len(bases))]
+        return _Reference([getattr(base, "reference", base) for base in ordered])
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the parameters."""
         return self._first.dtype
@@ -366,13 +373,6 @@ def _permutation(order: Sequence[int] | None, dim: int) -> list[int]:
     return numbers
 
 
-def _shares(factor: EnergyRegressionModel | EnergyEnsemble) -> list[float]:
-    """Weights of a factor's members."""
-    count = len(_members(factor))
-    weights = factor.weights if isinstance(factor, EnergyEnsemble) else None
-    return [1 / count] * count if weights is None else weights
-
-
 def _members(factor: EnergyRegressionModel | EnergyEnsemble) -> list[EnergyRegressionModel]:
     return list(factor._models()) if isinstance(factor, EnergyEnsemble) else [factor]
 
@@ -430,11 +430,7 @@ class ChainEnergy:
         self.chain, self.x, self.budget = chain, x, memory_budget
         self._of_inputs = [[_of_inputs(model, x) for model in _members(factor)] for factor in chain._factors()]
         self.context = x
-        energies = {
-            output: _members(factor)[0].base for output, factor in zip(chain.order, chain._factors(), strict=True)
-        }
-        bases = [energies[output] for output in range(len(energies))]
-        self.reference: Any = _Reference([getattr(base, "reference", base) for base in bases])
+        self.reference: Any = chain.reference
         self._leading: list[PredictiveDistribution] | None = None
 
     @property
@@ -541,7 +537,7 @@ class ChainEnergy:
         ordered = torch.zeros(count * rows, dim, dtype=self.chain.dtype, device=self.x.device)
         for position, factor in enumerate(self.chain._factors()):
             # A draw of a mixture is one of a member, which the same uniform number chooses.
-            shares = uniforms.new_tensor(_shares(factor))
+            shares = uniforms.new_tensor(factor.shares if isinstance(factor, EnergyEnsemble) else [1.0])
             ends = shares.cumsum(0)
             chosen = torch.searchsorted(ends, uniforms[..., position].contiguous(), right=True)
             chosen = chosen.clamp_max(len(shares) - 1)

@@ -21,7 +21,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -487,6 +487,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise writing_error(path, error, len(content)) from error
         raise
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Give a new file its size on the disk, so that a full disk is an error now and not in the midst of the work."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        for start in range(0, size, 2**20):
+            file.write(bytes(min(2**20, size - start)))
 
 
 def writing_error(path: Path, error: OSError, size: int) -> OSError:

@@ -319,6 +319,8 @@ def _targets(frame: DataFrame, names: Sequence[str], path: Path, offset: int = 0
     import numpy as np
     import pandas
 
+    from energyreg.tablefiles import describe_value
+
     columns = []
     for name in _present(frame, names, path, "holds the target"):
         series = frame[name]
@@ -331,8 +333,7 @@ def _targets(frame: DataFrame, names: Sequence[str], path: Path, offset: int = 0
             bad = text if text.any() else bad
         if bad.any():
             row = int(bad.argmax())
-            value = series.iloc[row]
-            found = "no value" if pandas.isna(value) else repr(value if isinstance(value, str) else str(value))
+            found = describe_value(series.iloc[row])
             raise InputError(
                 f"{path}: the target column {name!r} has {found} in row {offset + row + 1} ({int(bad.sum())} such "
                 f"value{'s' * (int(bad.sum()) > 1)}); expected numbers. Fill in or drop these rows."

@@ -89,6 +89,11 @@ class EnergyEnsemble(nn.Module):
         return list(self.members)  # type: ignore[arg-type]
 
     @property
+    def shares(self) -> list[float]:
+        """The members' weights, written out where they are equal."""
+        return [1 / len(self)] * len(self) if self.weights is None else self.weights
+
+    @property
     def space(self) -> TargetSpace:
         """The target space of all members."""
         return self._first.space

@@ -1176,9 +1176,7 @@ def _epoch_seconds(histories: list[History], members: int) -> float:
 
 def _weights_of(model: EnergyRegressionModel | EnergyEnsemble | EnergyChain) -> list[float]:
     """The weights of an ensemble's members."""
-    if not isinstance(model, EnergyEnsemble):
-        return [1.0]
-    return [1 / len(model)] * len(model) if model.weights is None else model.weights
+    return model.shares if isinstance(model, EnergyEnsemble) else [1.0]
 
 
 def _batch_size(rows: int) -> int:

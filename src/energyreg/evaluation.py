@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from energyreg.chain import EnergyChain
+
 if TYPE_CHECKING:
     from energyreg.estimator import EnergyRegressor
 
@@ -106,27 +108,12 @@ class Evaluation:
         return len(self.model.nll)
 
 
-class _Marginals:
-    """The reference measure of a model, an ensemble or a chain: of a chain that of its factors, output by output."""
-
-    def __init__(self, model: Any) -> None:
-        factors = list(getattr(model, "factors", [model]))
-        order = list(getattr(model, "order", [0]))
-        bases = [getattr(factor, "members", [factor])[0].base for factor in factors]
-        chosen = [bases[order.index(d)] for d in range(len(factors))]  # from the order of the chain to that of y
-        self.parts = [getattr(base, "reference", base) for base in chosen]
-
-    def _split(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
-        return values.split(1, -1) if len(self.parts) > 1 else [values]
-
-    def log_prob(self, z: torch.Tensor) -> torch.Tensor:
-        return torch.stack([part.log_prob(one) for part, one in zip(self.parts, self._split(z), strict=True)]).sum(0)
-
-    def to_unit(self, z: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part.to_unit(one) for part, one in zip(self.parts, self._split(z), strict=True)], -1)
-
-    def from_unit(self, u: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part.from_unit(one) for part, one in zip(self.parts, self._split(u), strict=True)], -1)
+def _reference(model: Any) -> Any:
+    """The reference measure of a model, an ensemble or a chain."""
+    if isinstance(model, EnergyChain):
+        return model.reference
+    base = getattr(model, "members", [model])[0].base
+    return getattr(base, "reference", base)
 
 
 class MarginalForecast:
@@ -138,7 +125,7 @@ class MarginalForecast:
 
     def __init__(self, regressor: EnergyRegressor) -> None:
         self.regressor, self.space = regressor, regressor.model_.space
-        self.reference = _Marginals(regressor.model_)
+        self.reference = _reference(regressor.model_)
         self.outputs = regressor.n_outputs_
         levels = (torch.arange(MARGINAL_POINTS, dtype=torch.double) + 0.5) / MARGINAL_POINTS
         with torch.no_grad():

@@ -219,6 +219,18 @@ def pit_histogram(
     return _figure(ax)
 
 
+def _kolmogorov_band(ax: Axes, levels: NDArray[np.float64], rows: int, *, gap: bool = False) -> float:
+    """Draw, in percent, what a calibrated model's curve is, and the band that it stays in; return half its width."""
+    half = 1.358 / math.sqrt(rows)
+    centre = np.zeros_like(levels) if gap else levels
+    low, high = centre - half, centre + half
+    if not gap:
+        low, high = low.clip(0, 1), high.clip(0, 1)
+    ax.fill_between(100 * levels, 100 * low, 100 * high, color=_neutral(ax), alpha=0.16, linewidth=0)
+    ax.plot(100 * levels, 100 * centre, color=_neutral(ax), linewidth=0.8, linestyle=(0, (3, 2)))
+    return half
+
+
 @_styled
 def coverage_curve(models: Mapping[str, Any], *, gap: bool = False, ax: Axes | None = None) -> Figure:
     """Draw the share of targets inside the equal-tailed intervals against the promised probability, for every level.
@@ -246,15 +258,8 @@ def coverage_curve(models: Mapping[str, Any], *, gap: bool = False, ax: Axes | N
     for name, values in models.items():
         centred = np.sort(np.abs(2 * _pit_values(values, f"models[{name!r}]") - 1))
         shares[name] = (np.searchsorted(centred, levels, side="right") / len(centred), len(centred))
-    rows = min(count for _, count in shares.values())
-    half = 1.358 / math.sqrt(rows)
-    centre = np.zeros_like(levels) if gap else levels
     unit = 100.0
-    low, high = centre - half, centre + half
-    if not gap:
-        low, high = low.clip(0, 1), high.clip(0, 1)
-    ax.fill_between(unit * levels, unit * low, unit * high, color=_neutral(ax), alpha=0.16, linewidth=0)
-    ax.plot(unit * levels, unit * centre, color=_neutral(ax), linewidth=0.8, linestyle=(0, (3, 2)))
+    half = _kolmogorov_band(ax, levels, min(count for _, count in shares.values()), gap=gap)
     for (name, (share, _)), color in zip(shares.items(), _colors(models), strict=True):
         ax.plot(unit * levels, unit * (share - levels if gap else share), color=color, label=name)
     ax.set(xlim=(0, 100), xlabel="promised probability (%)")
@@ -293,10 +298,7 @@ def reliability_curve(models: Mapping[str, Any], *, ax: Axes | None = None) -> F
     ax = _axes(ax, (3.5, 2.9))
     levels = np.linspace(0.0, 1.0, 201)
     values = {name: np.sort(_pit_values(pit, f"models[{name!r}]")) for name, pit in models.items()}
-    half = 1.358 / math.sqrt(min(map(len, values.values())))
-    low, high = (levels - half).clip(0, 1), (levels + half).clip(0, 1)
-    ax.fill_between(100 * levels, 100 * low, 100 * high, color=_neutral(ax), alpha=0.16, linewidth=0)
-    ax.plot(100 * levels, 100 * levels, color=_neutral(ax), linewidth=0.8, linestyle=(0, (3, 2)))
+    _kolmogorov_band(ax, levels, min(map(len, values.values())))
     for (name, pit), color in zip(values.items(), _colors(models), strict=True):
         ax.plot(100 * levels, 100 * np.searchsorted(pit, levels, side="right") / len(pit), color=color, label=name)
     ax.set(xlim=(0, 100), ylim=(0, 100), xlabel="level of the quantile (%)", ylabel="targets below (%)")

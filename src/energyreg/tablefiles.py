@@ -162,6 +162,13 @@ def kind_of(series: Series) -> set[str]:
     return {"number"} if types.is_numeric_dtype(series.dtype) else {"text"}
 
 
+def describe_value(value: Any) -> str:
+    """What an error calls a value of a table."""
+    import pandas
+
+    return "no value" if pandas.isna(value) else repr(value if isinstance(value, str) else str(value))
+
+
 def error_about(error: Exception, path: Path, targets: Sequence[str], offset: int = 0) -> TableFileError:
     """An error of the estimator in the words of the file: column names and rows instead of X, y and positions.
 

@@ -519,11 +519,7 @@ def _check_folder(folder: Path, size: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(trial, "xb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                for start in range(0, size, 2**20):
-                    file.write(bytes(min(2**20, size - start)))
+            checkpoint.reserve(file, size)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
