@@ -355,12 +355,17 @@ def test_entropy_of_more_dimensions(build: Callable[[], Model], tolerance: float
 
 
 @pytest.mark.parametrize(
-    ("build", "clip"),
-    [(marginal, None), (marginal, 0.3), (few_rows, 0.3), (mixture, 0.3), (mixture, 10.0), (twins, 10.0)],
-)
-def test_members_are_what_fit_makes_of_them(build: Callable[[], Model], clip: float | None) -> None:
+    ("build", "clip", "averaging"),
+    [
+        (marginal, None, None), (marginal, 0.3, 2.0), (few_rows, 0.3, None), (mixture, 0.3, None),
+        (mixture, 10.0, 2.0), (twins, 10.0, None),
+    ],
+)  # fmt: skip
+def test_members_are_what_fit_makes_of_them(
+    build: Callable[[], Model], clip: float | None, averaging: float | None
+) -> None:
     settings: dict[str, Any] = {
-        "epochs": 3, "validation": VALIDATION, "gradient_clip": clip,
+        "epochs": 3, "validation": VALIDATION, "gradient_clip": clip, "averaging": averaging,
         "objective": None if build is mixture else Quadrature(),
     }  # fmt: skip
     ensemble = fit_ensemble(build, seed=7, precision="64-true", **settings)
@@ -408,6 +413,24 @@ def test_dropout_masks_are_the_members_own() -> None:
     stacked.eval()
     context = stacked.encoder(X[:8].repeat(3, 1)).unflatten(0, (3, 8))
     assert torch.equal(context[0], context[1])
+
+
+def test_members_have_their_own_probabilities_of_dropout() -> None:
+    rates = [0.0, 0.25, 0.75]
+    members = [seeded(lambda rate=rate: Model.for_table(2, width=64, dropout=rate), 0) for rate in rates]  # type: ignore[misc]
+    assemble = ensemble_training._Assemble(members, members[0])
+    ensemble_training._check_structure(members)
+    stacked = assemble._join(members).train()
+    context = stacked.encoder(X[:50].repeat(3, 1)).unflatten(0, (3, 50))
+    shares = (context == 0).double().mean((1, 2))
+    # Five standard deviations of a share of 3,200 draws.
+    assert torch.allclose(shares, torch.tensor(rates).double(), atol=5 * (0.25 / 3200) ** 0.5)
+    assert float(shares[0]) == 0.0
+    kept = context[2] != 0
+    stacked.eval()
+    plain = stacked.encoder(X[:50].repeat(3, 1)).unflatten(0, (3, 50))
+    assert torch.equal(plain[0], plain[2])  # the same weights
+    assert bool(kept.any())
 
 
 def test_the_default_settings_train() -> None:

@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import sklearn
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -498,3 +499,82 @@ def test_training_stops_when_the_machine_is_slower_than_planned(monkeypatch):
         regressor = EnergyRegressor(**{**FAST, "epochs": 50}, time_budget=30.0).fit(X, Y)
     assert limits[:2] == [None, None] and 0 < limits[2] < 30
     assert regressor.history_.timed_out and np.isfinite(regressor.score_samples(X, Y)).all()
+
+
+# ---------------------------------------------------------------------------------------------- scouts
+
+SCOUTED = {**FAST, "n_members": 6, "epochs": 4}
+ROWS = np.random.default_rng(5).normal(size=(700, 2))
+WAVES = np.sin(9 * ROWS[:, 0]) + 0.1 * np.random.default_rng(6).normal(size=700)
+
+
+def test_scouts_try_every_setting_and_the_others_follow_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(EnergyRegressor, "_chances", staticmethod(lambda *_: np.array([0.1, 0.0, 0.3, 0.6])))
+    regressor = EnergyRegressor(**SCOUTED, calibrate=False).fit(ROWS, WAVES)
+    assert list(zip(regressor.dropouts_, regressor.frequency_scales_, strict=True)) == [
+        (0.0, 0.25), (0.0, 1.0), (0.2, 0.25), (0.2, 1.0), (0.2, 0.25), (0.2, 1.0),
+    ]  # fmt: skip
+    assert regressor.n_members_ == len(regressor.model_) == len(regressor.histories_) == 6
+    # 10 epochs at least, as the scouts were still learning
+    assert [len(history.train_loss) for history in regressor.histories_] == [4, 4, 4, 4, 10, 10]
+    again = EnergyRegressor.load(regressor.save(tmp_path / "model"))
+    assert again.dropouts_ == regressor.dropouts_ and again.frequency_scales_ == regressor.frequency_scales_
+
+
+def test_the_bootstrap_prefers_what_is_surely_better():
+    regressor = EnergyRegressor(**SCOUTED, calibrate=False).fit(ROWS, WAVES)
+    x = torch.as_tensor(regressor.preprocessor_.transform(ROWS)).double()
+    means = [float(member(x).log_prob(torch.as_tensor(WAVES)).mean()) for member in regressor.model_.members]
+    chances = regressor._chances(regressor.model_, x.numpy(), WAVES, None, 0)
+    assert chances.sum() == pytest.approx(1) and chances.argmax() == int(np.argmax(means))
+    one = np.zeros(len(WAVES))
+    one[3] = 1.0  # a single row that counts decides alone
+    at = [float(member(x[3:4]).log_prob(torch.as_tensor(WAVES[3:4]))) for member in regressor.model_.members]
+    assert regressor._chances(regressor.model_, x.numpy(), WAVES, one, 0)[int(np.argmax(at))] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "trials"),
+    [
+        ({}, 4),
+        ({"dropout": 0.1}, 2),
+        ({"frequency_scale": 0.5}, 2),
+        ({"dropout": 0.1, "frequency_scale": 0.5}, 0),
+        ({"n_members": 5}, 0),
+        ({"validation_fraction": None}, 0),
+    ],
+)
+def test_there_are_scouts_where_something_is_open(settings, trials):
+    regressor = EnergyRegressor(**{**SCOUTED, **settings}).fit(ROWS, WAVES)
+    lengths = [len(history.train_loss) for history in regressor.histories_]
+    assert lengths.count(10) == (0 if trials == 0 else 6 - trials)
+
+
+def test_members_of_no_weight_are_dropped(monkeypatch):
+    regressor = EnergyRegressor(**{**FAST, "n_members": 3}, calibrate=False).fit(X, Y)
+    kept = [regressor.model_.members[0], regressor.model_.members[2]]
+    regressor.model_.weights = [0.5, 0.01, 0.49]
+    regressor._drop_members()
+    assert list(regressor.model_.members) == kept and regressor.n_members_ == 2
+    assert regressor.member_weights_ == pytest.approx([0.5 / 0.99, 0.49 / 0.99])
+    assert np.isfinite(regressor.score_samples(X, Y)).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda s: sum(s) > 0), st.integers(0, 9))
+def test_allotments_are_whole_and_fair(shares, count):
+    from energyreg.estimator import _allot
+
+    exact = np.array(shares) / sum(shares) * count
+    given_out = np.array(_allot(np.array(shares) / sum(shares), count))
+    assert given_out.sum() == count and (np.abs(given_out - exact) < 1 + 1e-9).all()
+
+
+def test_ctrl_c_while_scouts_are_judged_keeps_them(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EnergyRegressor, "_chances", staticmethod(interrupted))
+    with pytest.warns(UserWarning, match="interrupted after the first members, which are the model"):
+        regressor = EnergyRegressor(**SCOUTED).fit(ROWS, WAVES)
+    assert len(regressor.histories_) == 4 and regressor.histories_[0].interrupted
+    assert np.isfinite(regressor.score_samples(ROWS, WAVES)).all()

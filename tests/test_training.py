@@ -164,10 +164,40 @@ def test_fit_equals_a_plain_loop() -> None:
         assert torch.allclose(weights(second)[name], tensor, rtol=1e-4, atol=1e-5), name
 
 
-def test_model_has_the_weights_of_its_best_epoch() -> None:
+@pytest.mark.parametrize(("eta", "shares"), [(0.0, [1, 1, 1, 1, 1, 1]), (1.0, [1, 2, 3, 4, 5, 6])])
+def test_averaged_weights_are_those_of_all_steps(eta: float, shares: list[int]) -> None:
+    """η = 0 is the plain mean of the weights after each step, and with η = 1 step t counts t times."""
+
+    def one() -> er.EnergyRegressionModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return er.EnergyRegressionModel.mixture_for_table(2, width=8, dropout=0.0)
+
+    settings = {"validation": None, "batch_size": N // 2, "schedule": "constant"}
+    averaged = one()
+    fit(averaged, objective=er.objectives.ProposalNLL(), averaging=eta, epochs=3, **settings)
+    steps: list[dict[str, Tensor]] = []
+
+    class Recording:
+        def __call__(self, f: Any, q: Any, y: Tensor, *, generator: torch.Generator) -> Loss:
+            steps.append({name: tensor.clone() for name, tensor in weights(model).items()})
+            return er.objectives.ProposalNLL()(f, q, y, generator=generator)
+
+    model = one()
+    fit(model, objective=Recording(), epochs=3, **settings)
+    steps = [*steps[-5:], weights(model)]  # before the steps 2 to 6, and at the end
+    for name, tensor in weights(averaged).items():
+        mean = sum(share * step[name] for share, step in zip(shares, steps, strict=True)) / sum(shares)
+        assert torch.allclose(tensor.double(), mean.double(), atol=1e-6), name  # rounding of single precision
+
+
+@pytest.mark.parametrize("averaging", [None, 8.0])
+def test_model_has_the_weights_of_its_best_epoch(averaging: float | None) -> None:
     model = make_model()
     x_val, y_val = table(seed=1)
-    history = fit(model, validation=(x_val, y_val), epochs=8, learning_rate=0.1, schedule="constant")
+    history = fit(
+        model, validation=(x_val, y_val), epochs=8, learning_rate=0.1, schedule="constant", averaging=averaging
+    )
     assert history.best_epoch == int(np.argmin(history.validation_nll)) + 1
     assert history.best_validation_nll == min(history.validation_nll) == pytest.approx(nll(model, x_val, y_val))
 
@@ -327,6 +357,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "cosine": {"schedule": "cosine"},
     "constant with patience": {"schedule": "constant", "patience": 2, "learning_rate": 0.3},
     "no validation": {"validation": None},
+    "averaging": {"averaging": 4.0},
+    "averaging without validation": {"averaging": 4.0, "validation": None},
     "bf16": {"precision": "bf16-mixed"},
     "double": {"precision": "64-true"},
     "shuffling loader": {"x": DataLoader(TensorDataset(X, Y), batch_size=50, shuffle=True), "y": None},
@@ -599,6 +631,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "learning_rate NaN": ({"learning_rate": float("nan")}, "learning_rate is nan"),
     "weight_decay": ({"weight_decay": -1.0}, r"weight_decay is -1\.0; expected a finite number ≥ 0"),
     "gradient_clip": ({"gradient_clip": 0}, "gradient_clip is 0"),
+    "averaging": ({"averaging": -1}, "averaging is -1; expected a finite number ≥ 0"),
     "schedule": ({"schedule": "linear"}, "schedule is 'linear'; expected one of 'one-cycle'"),
     "seed": ({"seed": "zero"}, "seed is 'zero'"),
     "objective": ({"objective": "nce"}, "objective is a str; expected an object"),

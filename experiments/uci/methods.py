@@ -100,11 +100,11 @@ class _Mixture(EnergyRegressor):
     """The estimator with a mixture density network in place of the energy: all else, the encoder too, is the same."""
 
     def _new_model(
-        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None
+        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None
     ) -> EnergyRegressionModel:
         return EnergyRegressionModel.mixture_for_table(
-            num_features, space, num_components=self.num_components, width=self.width, depth=self.depth,
-            dropout=self._dropout(num_features, rows), num_rows=rows, frequency_scale=frequency_scale,
+            num_features, space, num_components=self.num_components, width=self._width(rows), depth=self.depth,
+            dropout=dropout, num_rows=rows, frequency_scale=frequency_scale,
         )  # fmt: skip
 
 
@@ -112,15 +112,16 @@ class _Flow(EnergyRegressor):
     """The estimator with a neural spline flow in place of the energy; `num_components` are its bins."""
 
     def _new_model(
-        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None
+        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None
     ) -> EnergyRegressionModel:
         import zuko
 
+        width = self._width(rows)
         mixture = EnergyRegressionModel.mixture_for_table(
-            num_features, space, width=self.width, depth=self.depth, dropout=self._dropout(num_features, rows),
+            num_features, space, width=width, depth=self.depth, dropout=dropout,
             num_rows=rows, frequency_scale=frequency_scale,
         )  # fmt: skip
-        flow = zuko.flows.NSF(1, self.width, transforms=1, bins=self.num_components, hidden_features=(self.width,))
+        flow = zuko.flows.NSF(1, width, transforms=1, bins=self.num_components, hidden_features=(width,))
         return EnergyRegressionModel(
             mixture.encoder, None, proposal=DistributionProposal(flow), base=ProposalBase(Marginal(1)), space=space
         )
@@ -204,11 +205,11 @@ ONE = {"n_members": 1}
 METHODS = [
     Method("energy", _network(EnergyRegressor)),
     Method("mixture", _network(_Mixture), [{"num_components": k} for k in (3, 8, 20)], ONE),
+    Method("deep-ensemble", _network(_Mixture), [{"num_components": 1}]),
     Method(
-        "deep-ensemble", _network(_Mixture),
-        [{"num_components": 1, "n_members": 5, "dropout": p} for p in (0.0, 0.1, 0.2)], ONE,
+        "flow", _network(_Flow), [{"num_components": bins, "n_members": 3} for bins in (4, 8, 16)], ONE, splits=5,
+        needs=("zuko",),
     ),
-    Method("flow", _network(_Flow), [{"num_components": bins} for bins in (4, 8, 16)], ONE, splits=5, needs=("zuko",)),
     Method("catboost", _catboost, [{"depth": depth} for depth in (4, 6, 8)], needs=("catboost",)),
     Method("ngboost", _ngboost, [{"max_depth": depth} for depth in (2, 3, 5)], needs=("ngboost",)),
     Method("lightgbm", _lightgbm, [{"num_leaves": leaves} for leaves in (7, 15, 31)], needs=("lightgbm",)),

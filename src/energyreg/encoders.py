@@ -9,13 +9,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MixedTableEncoder", "QuantileNormalizer", "TableEncoder", "TwinEncoder"]
+__all__ = [
+    "MixedTableEncoder", "QuantileNormalizer", "RobustNormalizer", "TableEncoder", "TwinEncoder", "VectorEncoder",
+]  # fmt: skip
 
 
 ROWS_PER_KNOT = 64
 """Training rows for each knot of a quantile normaliser that has its own."""
 FEWEST_KNOTS = 9
 """Knots of their own, however few the rows."""
+NORMAL_QUARTILES = 1.349
+"""Distance of the quartiles of a standard normal."""
+LEAST_SPREAD = 0.5
+"""Least spread of a feature, in its standard deviations."""
+COLUMNS_AT_ONCE = 64
+"""Columns that are sorted at once, for the memory."""
 
 
 def _monotone_curve(values: Tensor, count: int) -> Tensor:
@@ -108,23 +116,29 @@ class QuantileNormalizer(nn.Module):
 class _Dropout(nn.Module):
     """Dropout from random bytes: torch's own costs as much as the layer it follows on a CPU, this a fifth of that.
 
-    The probability is rounded to a multiple of 1/256, and the scale goes by the rounded one.
+    The probability is rounded to a multiple of 1/256, and the scale goes by the rounded one. It is a buffer, so that
+    the members of an ensemble, batched by vmap, may each have their own.
     """
+
+    only_initial: ClassVar[tuple[str, ...]] = ("active",)
+    threshold: Tensor
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p = p
+        threshold = min(round(p * 256), 255)
+        self.active = threshold > 0
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.uint8), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        threshold = min(round(self.p * 256), 255)
-        if not self.training or not threshold:
+        if not (self.training and self.active):
             return x
-        if x.device.type != "cpu":
-            return nn.functional.dropout(x, threshold / 256)
-        # Made from x, so that the members of an ensemble, batched by vmap, have bits of their own.
-        words = x.new_empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        return x * (bits >= threshold) * (256 / (256 - threshold))
+        # Made from x, so that the members of an ensemble have bits of their own.
+        if x.device.type == "cpu":
+            words = x.new_empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+            bits = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        else:
+            bits = torch.empty_like(x, dtype=torch.uint8).random_(0, 256)
+        return x * (bits >= self.threshold) * (256 / (256 - self.threshold.to(x.dtype)))
 
 
 class TableEncoder(nn.Module):
@@ -146,7 +160,7 @@ class TableEncoder(nn.Module):
         Gorishniy et al., "On embeddings for numerical features in tabular deep learning", NeurIPS 2022.
     """
 
-    only_initial: ClassVar[tuple[str, ...]] = ("frequency_scale",)
+    only_initial: ClassVar[tuple[str, ...]] = ("frequency_scale", "dropout")
     """Arguments that shape the initial weights only, so that members of an ensemble may differ in them."""
 
     def __init__(
@@ -220,7 +234,7 @@ class MixedTableEncoder(nn.Module):
     torch.Size([2, 8])
     """
 
-    only_initial: ClassVar[tuple[str, ...]] = ("frequency_scale",)
+    only_initial: ClassVar[tuple[str, ...]] = ("frequency_scale", "dropout")
     """Arguments that shape the initial weights only, so that members of an ensemble may differ in them."""
 
     def __init__(
@@ -295,10 +309,12 @@ def _with_waves(scores: Tensor, frequencies: Tensor) -> list[Tensor]:
     return [scores, phase.sin().flatten(1), phase.cos().flatten(1)]
 
 
-def _hidden_layers(width: int, context_dim: int, depth: int, dropout: float) -> nn.Sequential:
+def _hidden_layers(
+    width: int, context_dim: int, depth: int, dropout: float, activation: type[nn.Module] = nn.SiLU
+) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(width, context_dim), nn.SiLU(), _Dropout(dropout)]
+        layers += [nn.Linear(width, context_dim), activation(), _Dropout(dropout)]
         width = context_dim
     return nn.Sequential(*layers)
 
@@ -307,6 +323,112 @@ def _check_sizes(**sizes: tuple[int, int]) -> None:
     for name, (number, smallest) in sizes.items():
         if number < smallest:
             raise ValueError(f"{name} is {number}; expected at least {smallest}.")
+
+
+class RobustNormalizer(nn.Module):
+    """Centre each feature at its training median, divide by its training spread, and clip.
+
+    Some features of a network hardly vary over the training images and are huge on a new one; the clip keeps them from
+    driving the model far from what it has seen. The spread is the interquartile range as a standard deviation, but
+    never below a part of the standard deviation itself, which matters for features that are mostly one value (0 after
+    a ReLU). A constant feature becomes 0.
+
+    Args:
+        num_features: Columns F.
+        limit: Largest absolute value, in spreads.
+
+    Raises:
+        ValueError: If num_features < 1 or limit ≤ 0.
+
+    >>> normalizer = RobustNormalizer(1)
+    >>> normalizer.fit(torch.arange(101.0)[:, None])
+    >>> [round(value, 2) for value in normalizer(torch.tensor([[50.0], [60.0], [1e9]]))[:, 0].tolist()]
+    [0.0, 0.27, 4.0]
+    """
+
+    center: Tensor
+    scale: Tensor
+    fitted: Tensor
+
+    def __init__(self, num_features: int, limit: float = 4.0) -> None:
+        super().__init__()
+        _check_sizes(num_features=(num_features, 1))
+        if not limit > 0:
+            raise ValueError(f"limit is {limit}; expected a number above 0.")
+        self.num_features, self.limit = num_features, limit
+        self.register_buffer("center", torch.zeros(num_features))
+        self.register_buffer("scale", torch.ones(num_features))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Set centre and spread from training features, shape (N, F)."""
+        for start in range(0, self.num_features, COLUMNS_AT_ONCE):
+            columns = slice(start, start + COLUMNS_AT_ONCE)
+            ordered = x[:, columns].double().sort(0).values
+            low, middle, high = (QuantileNormalizer._quantiles(ordered, 5)[k] for k in (1, 2, 3))
+            deviation = ordered.std(0, correction=0)
+            spread = torch.maximum((high - low) / NORMAL_QUARTILES, LEAST_SPREAD * deviation)
+            self.center[columns] = middle.to(self.center)
+            # Constant but for rounding: nothing to be learned from, and 0 wherever it is met.
+            constant = deviation <= 1e-6 * middle.abs()
+            self.scale[columns] = torch.where(constant, torch.inf, spread).to(self.scale)
+        self.fitted.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (B, F) to scores (B, F) within the limit."""
+        return ((x - self.center) / self.scale).clamp(-self.limit, self.limit)
+
+
+class VectorEncoder(nn.Module):
+    """Encoder for features of another network: robustly standardised and clipped, then an MLP with dropout.
+
+    For features that are many and smooth already, such as those of an `ImageEncoder`; for the columns of a table use
+    :class:`TableEncoder`.
+
+    Args:
+        num_features: Columns F.
+        context_dim: Context channels C, the width of the hidden layers too.
+        depth: Hidden layers.
+        dropout: Dropout probability after each hidden layer.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    >>> VectorEncoder(num_features=64, context_dim=16)(torch.randn(5, 64)).shape
+    torch.Size([5, 16])
+    """
+
+    only_initial: ClassVar[tuple[str, ...]] = ("dropout",)
+    """Arguments in which the members of an ensemble may differ."""
+
+    def __init__(self, num_features: int, context_dim: int = 256, depth: int = 2, dropout: float = 0.2) -> None:
+        super().__init__()
+        _check_sizes(num_features=(num_features, 1), context_dim=(context_dim, 1), depth=(depth, 1))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1).")
+        self.num_features, self.context_dim, self.depth, self.dropout = num_features, context_dim, depth, dropout
+        self.normalizer = RobustNormalizer(num_features)
+        self.layers = _hidden_layers(num_features, context_dim, depth, dropout, nn.GELU)
+
+    @property
+    def fitted(self) -> Tensor:
+        """Whether the normaliser has seen the training features."""
+        return self.normalizer.fitted
+
+    def fit(self, x: Tensor) -> None:
+        """Fit the normaliser, x of shape (N, F)."""
+        self.normalizer.fit(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (B, F) to contexts (B, C).
+
+        Raises:
+            ValueError: If x has another number of columns.
+        """
+        if x.ndim != 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
+        return self.layers(self.normalizer(x))
 
 
 class TwinEncoder(nn.Module):
@@ -327,6 +449,8 @@ class TwinEncoder(nn.Module):
         super().__init__()
         self.energy, self.proposal = energy, proposal
         self._channels: int | None = None
+        if isinstance(shape := getattr(energy, "input_shape", None), tuple):
+            self.input_shape = shape
         if isinstance(columns := getattr(energy, "num_features", None), int):
             self.num_features = columns
 

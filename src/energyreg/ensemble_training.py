@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 from torch.utils.data import DataLoader
 
 from energyreg import training
-from energyreg.encoders import QuantileNormalizer, TwinEncoder
+from energyreg.encoders import QuantileNormalizer, TwinEncoder, _Dropout
 from energyreg.ensemble import EnergyEnsemble, disagreement
 from energyreg.model import EnergyRegressionModel
 from energyreg.points import check_count
@@ -49,6 +49,7 @@ def fit_ensemble(
     weight_decay: float = 1e-2,
     schedule: str = "one-cycle",
     gradient_clip: float | None = 10.0,
+    averaging: float | None = None,
     patience: int | None = None,
     time_limit: float | None = None,
     seed: int = 0,
@@ -89,6 +90,7 @@ def fit_ensemble(
         weight_decay: As in `fit`.
         schedule: As in `fit`.
         gradient_clip: As in `fit`: largest norm of the gradient of each member.
+        averaging: As in `fit`.
         patience: Stop after this many epochs in which no member has improved; None for never.
         time_limit: As in `fit`: seconds for all members together.
         seed: Seed of the first member; member i has seed + i.
@@ -121,9 +123,9 @@ def fit_ensemble(
     """
     arguments = {
         "objective": objective, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "schedule": schedule, "gradient_clip": gradient_clip, "patience": patience,
-        "resume": resume, "progress": progress, "accelerator": accelerator, "devices": devices, "precision": precision,
-        "strategy": strategy,
+        "weight_decay": weight_decay, "schedule": schedule, "gradient_clip": gradient_clip,
+        "averaging": averaging, "patience": patience, "resume": resume, "progress": progress,
+        "accelerator": accelerator, "devices": devices, "precision": precision, "strategy": strategy,
     }  # fmt: skip
     started = time.perf_counter()
     training._check_time_limit(time_limit)
@@ -349,8 +351,13 @@ def _forward(module: nn.Module, *inputs: Tensor) -> Any:
 class _StackedEncoder(_Stacked):
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__(modules)
+        if isinstance(shape := getattr(modules[0], "input_shape", None), tuple):
+            self.input_shape = shape
         if isinstance(columns := getattr(modules[0], "num_features", None), int):
             self.num_features = columns
+        for copies in zip(*(module.modules() for module in modules), strict=True):
+            if isinstance(copies[0], _Dropout):  # the first is what is called, with the probabilities of all
+                copies[0].active = any(copy.active for copy in copies)
 
     def forward(self, x: Tensor) -> Tensor:
         """Contexts (n b, C) of inputs (n b, ...)."""
@@ -477,7 +484,7 @@ def _check_structure(members: Sequence[EnergyRegressionModel]) -> None:
 
     def settings(module: nn.Module) -> dict[str, Any]:
         plain = (bool, int, float, str, tuple, type(None))
-        # What made the initial weights does not matter any more.
+        # What made the initial weights does not matter any more, nor do probabilities of dropout, which are stacked.
         others = ("training", *getattr(module, "only_initial", ()))
         own = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in others}
         return {name: value for name, value in own.items() if isinstance(value, plain)}
@@ -604,7 +611,16 @@ def _one_after_the_other(
     if batch_size is None:
         batch_size = training._default_batch_size(y if weights is None else weights[weights > 0])
     arguments = {**arguments, "batch_size": batch_size}
-    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "gradient_clip", "patience")
+    names = (
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "schedule",
+        "gradient_clip",
+        "averaging",
+        "patience",
+    )
     settings = training._Settings(
         **{name: arguments[name] for name in names}, seed=seed, precision=str(arguments["precision"])
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -32,7 +33,7 @@ from energyreg.model import EnergyRegressionModel
 from energyreg.predictive import HighestDensityRegion, PredictiveDistribution
 from energyreg.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
 from energyreg.tablefiles import TableFileError, error_about
-from energyreg.tables import TablePreprocessor, column_names, read_columns
+from energyreg.tables import TablePreprocessor, column_names, read_columns, read_targets
 from energyreg.training import History, fit
 
 try:
@@ -48,14 +49,33 @@ LOGGER = logging.getLogger("energyreg")
 
 STEPS = 1_000
 """Training steps that are worth taking, however few the rows."""
-EPOCHS = (20, 60)
+EPOCHS = (20, 150)
 """Fewest and most passes over the rows by default."""
-FREQUENCY_SCALES = (0.15, 1.5)
-"""Span over which the members' frequency scales are spread: smooth, as kin8nm wants it, to jagged, as naval does."""
+FREQUENCY_SCALES = (0.25, 1.0)
+"""Frequency scales that the scouts try: smooth, as kin8nm wants it, and jagged, as naval does."""
 FEWEST_TO_SPREAD = 500
-"""Rows from which on they are."""
+"""Rows from which on they do."""
+DROPOUTS = (0.0, 0.2)
+"""Dropout that the scouts try: none, as tables without noise want it (naval, energy), and as much as most do."""
 MORE_DROPOUT = 20_000
-"""Rows from which on the dropout is that of the model's default."""
+"""Rows from which on the dropout without scouts is that of the model's default."""
+WIDTHS = ((20_000, 128), (math.inf, 256))
+"""Training rows below which the encoder has this width by default."""
+MEMBERS = ((20_000, 8), (math.inf, 6))
+"""Training rows below which the ensemble has so many members by default."""
+MEMBERS_OF_SEVERAL = ((5_000, 5), (50_000, 3), (math.inf, 2))
+"""The same for several outputs."""
+FEWEST_AFTER_SCOUTS = 2
+"""Members that must be left to train once the scouts have come back; else there are no scouts."""
+AVERAGING = 8.0
+"""Exponent of the average of the weights (see :func:`energyreg.fit`)."""
+MORE_EPOCHS, FEWEST_EPOCHS = 1.25, 10
+"""Epochs of the members after the scouts, as a multiple of the scouts' best, and at least: their learning rate comes
+down by then, where that of the scouts was still high."""
+SCOUTS_PATIENCE = 3
+"""The scouts stop after this part of the epochs without an improvement."""
+LEAST_SHARE = 0.1
+"""Members whose weight is below this part of an equal one are dropped: they would cost time in each prediction."""
 FEWEST_TO_SPLIT = 40
 """Rows below which none are held out by default: they are worth more in the training."""
 BUDGET_SHARE = 0.8
@@ -68,6 +88,10 @@ CALIBRATION_BYTES = 2**25
 """Working memory of the calibration."""
 ENCODED_IN_MEMORY = 2**28
 """Bytes up to which the encoded rows of a table that is not in memory are kept there."""
+MOST_JUDGED, BOOTSTRAP = 2_000, 1_000
+"""Held-out rows by which the scouts are judged, at most, and how often they are drawn anew."""
+LEAST_LOG_DENSITY = -1e6
+"""What a log-density of -inf counts as among them."""
 TIMED_ROWS, CALIBRATED_TO_TIME = 2_048, 256
 """Validation rows that are predicted, and calibrated on, to see how long it takes."""
 PREDICTION_ROWS = 16_384
@@ -98,18 +122,22 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         target: Where y lives: "real", "positive", ("interval", low, high), ("circle", low, high) for a quantity that
             starts anew at `high`, "count" for whole numbers ≥ 0, or a target space of :mod:`energyreg.spaces`. A list
             of these for several outputs, one each.
-        n_members: Models of the ensemble. "auto": 5 below 5,000 rows, 3 below 50,000, else 2.
-        epochs: Passes over the training rows. "auto": as many as make 1,000 steps, from 20 to 60.
+        n_members: Models to train. "auto": 8 below 20,000 rows, else 6; for several outputs 5 below 5,000 rows, 3 below
+            50,000, else 2. The first four are scouts (two where only one of `dropout` and `frequency_scale` is open;
+            none with several outputs, a single feature, no held-out rows, or fewer than two members more): one for
+            each of two dropout probabilities and two frequency scales. The others get those in proportion to the
+            weights that the scouts earn on the held-out rows, and their learning rate comes down by about the scouts'
+            best epoch. All are members, but for those of next to no weight.
+        epochs: Passes over the training rows. "auto": as many as make 1,000 steps, from 20 to 150.
         batch_size: Rows per step; see :func:`energyreg.fit`.
         learning_rate: Peak learning rate.
-        width: Width of the encoder.
+        width: Width of the encoder. "auto": 128 below 20,000 rows, else 256.
         depth: Its hidden layers.
-        dropout: Dropout probability after each of them; None for 0.1 below 20,000 rows, else 0.2, and none with a
-            single feature.
+        dropout: Dropout probability after each of them; None to choose between 0 and 0.2 by the scouts, and without
+            scouts for 0.1 below 20,000 rows, else 0.2, and none with a single feature.
         frequency_scale: How fast the encoder's periodic features vary (see
-            :class:`~energyreg.encoders.TableEncoder`). "auto": from 0.2 to 1.2, another one for each member, so that
-            the weights of the members tell what the data want; one for all with a single feature, fewer than 500 rows
-            or a chain of outputs.
+            :class:`~energyreg.encoders.TableEncoder`). "auto" to choose between 0.25 and 1 by the scouts from 500 rows
+            on; without scouts it is the encoder's default.
         base: Base measure: "marginal", the smooth marginal of y; "proposal", a mixture density network that the
             energy departs from; "auto": "proposal" below 10,000 rows. A joint model of more than two outputs always
             has a proposal.
@@ -140,13 +168,14 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         preprocessor_: What was learned about X.
         space_: Target space.
         calibration_: Temperature and defensive share.
-        history_: History of the first member's training; all in `histories_`.
+        history_: History of the first member's training; those of all that were trained in `histories_`.
         lattice_step_: Distance of the values of y where they are counts or rounded, else None.
         n_features_in_: Columns of X.
         feature_names_in_: Their names, where X had some.
         n_outputs_: Columns of y.
         n_iter_: Epochs of the training.
         frequency_scales_: The members' frequency scales; None for the encoder's default.
+        dropouts_: Their dropout probabilities; None for the encoder's default.
         member_weights_: The members' weights in the mixture of their densities.
         n_members_: Members of the ensemble.
 
@@ -183,7 +212,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         epochs: Any = "auto",
         batch_size: int | None = None,
         learning_rate: float = 3e-3,
-        width: int = 128,
+        width: Any = "auto",
         depth: int = 2,
         dropout: float | None = None,
         frequency_scale: Any = "auto",
@@ -253,7 +282,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         started = time.perf_counter()
         self._check_parameters()
         source = MemoryTable(X, "X")
-        targets = _targets(y, "y", source.rows)
+        targets = read_targets(y, "y", source.rows)
         return self._fit_source(source, targets, _weights(sample_weight, source.rows), eval_set, started)
 
     def fit_file(
@@ -350,12 +379,12 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         return self
 
     def _check_parameters(self) -> None:
-        for name in ("epochs", "n_members"):
+        for name in ("epochs", "n_members", "width"):
             if getattr(self, name) != "auto":
                 _check_whole(name, getattr(self, name), ' or "auto"')
         if self.batch_size is not None:
             _check_whole("batch_size", self.batch_size, " or None")
-        for name in ("width", "depth", "num_components", "max_levels", "min_count"):
+        for name in ("depth", "num_components", "max_levels", "min_count"):
             _check_whole(name, getattr(self, name))
         if self.n_jobs is not None and (not _is_whole(self.n_jobs) or self.n_jobs == 0):
             raise ValueError(f"n_jobs is {self.n_jobs!r}; expected a whole number, -1 for all cores, or None.")
@@ -453,7 +482,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError("eval_set has an entry that is no pair (X, y).")
         _, _, rows = read_columns(pair[0], "X of eval_set")
-        targets = _targets(pair[1], "y of eval_set", rows)
+        targets = read_targets(pair[1], "y of eval_set", rows)
         if targets.shape[1] != space.dim:
             raise ValueError(f"y of eval_set has {targets.shape[1]} column(s), but y has {space.dim}.")
         self._check_in_space(space, targets, "y of eval_set")
@@ -531,24 +560,29 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         started: float,
     ) -> None:
         rows = len(y)
-
-        scales: Iterator[float | None] = itertools.repeat(None)
-
-        def build() -> EnergyRegressionModel | EnergyChain:
-            return self._new_model(x.shape[1], space, rows, next(scales)).to(self._device())
-
+        few = 0 if self.n_outputs_ == 1 else 1
+        auto = _by_rows((MEMBERS, MEMBERS_OF_SEVERAL)[few], rows)
+        members = auto if self.n_members == "auto" else int(self.n_members)
         batch_size = self.batch_size or _batch_size(rows)
         steps = max(rows // min(batch_size, rows), 1)
-        auto = 5 if rows < 5_000 else 3 if rows < 50_000 else 2
-        members = auto if self.n_members == "auto" else int(self.n_members)
         epochs = min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1]) if self.epochs == "auto" else int(self.epochs)
         settings: dict[str, Any] = {
             "batch_size": batch_size, "learning_rate": self.learning_rate, "seed": seed, "sample_weight": weights,
-            "validation": None if validation is None else (*validation, validation_weights),
+            "validation": None if validation is None else (*validation, validation_weights), "averaging": AVERAGING,
         }  # fmt: skip
         data = torch.as_tensor(x), torch.as_tensor(y)
+        usual = _Trial(
+            None if self.frequency_scale == "auto" else float(self.frequency_scale), self._dropout(x.shape[1], rows)
+        )
+
+        def builder(trials: Sequence[_Trial]) -> Any:
+            endless = itertools.cycle(trials)
+            return lambda: self._new_model(x.shape[1], space, rows, *dataclasses.astuple(next(endless))).to(
+                self._device()
+            )
+
         if self.time_budget is not None:
-            plan = self._plan_time(build, data, settings, epochs, members, steps)
+            plan = self._plan_time(builder([usual]), data, settings, epochs, members, steps)
             epochs, members, used = self._choose_by_time(plan, epochs, members, rows, batch_size, started)
             settings["time_limit"] = max(self.time_budget - (time.perf_counter() - started) - plan.afterwards, 1e-3)
             if used < rows:
@@ -556,26 +590,114 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
                 data, settings["sample_weight"] = (data[0][chosen], data[1][chosen]), weights[chosen]
                 steps = max(used // batch_size, 1)
                 rows = used
-        self.frequency_scales_ = self._scales_of(members, x.shape[1], rows)
-        scales = itertools.cycle(self.frequency_scales_)
+        until = time.perf_counter() + settings.get("time_limit", math.inf)
         self._say(
             f"Training {members} member{'s' * (members > 1)} for {epochs} epochs of {steps} steps on {rows} rows, "
             f"{0 if validation is None else len(validation[1])} held out."
         )
         settings["progress"] = bool(self.verbose)
-        self.model_, self.histories_ = _fit(build, data, members, epochs, settings, self._chained(space.dim))
+        trials = self._scouts(x.shape[1], rows, members, usual, validation is not None)
+        self.model_: EnergyRegressionModel | EnergyEnsemble | EnergyChain
+        if trials:
+            patience = max(epochs // SCOUTS_PATIENCE, 1)
+            scouts, histories = _fit(
+                builder(trials), data, len(trials), epochs, {**settings, "patience": patience}, False
+            )
+            assert isinstance(scouts, EnergyEnsemble)
+            rest, epochs = self._after_scouts(scouts, trials, histories, members, epochs, settings)
+            if rest:
+                if "time_limit" in settings:
+                    settings["time_limit"] = max(until - time.perf_counter(), 1e-3)
+                settings["seed"] = seed + len(trials)
+                others, more = _fit(builder(rest), data, len(rest), epochs, settings, False)
+                assert isinstance(others, EnergyEnsemble)
+                scouts = EnergyEnsemble([*scouts._models(), *others._models()]).eval()
+                trials, histories = [*trials, *rest], [*histories, *more]
+            self.model_, self.histories_ = scouts, histories
+        else:
+            trials = [usual] * members
+            self.model_, self.histories_ = _fit(
+                builder(trials), data, members, epochs, settings, self._chained(space.dim)
+            )
         self._set_precision()
+        self.frequency_scales_ = [trial.frequency_scale for trial in trials]
+        self.dropouts_ = [trial.dropout for trial in trials]
         self.space_ = self.model_.space
         self.history_ = self.histories_[0]
-        self.n_members_, self.n_iter_ = members, max(len(history.train_loss) for history in self.histories_)
+        self.n_members_, self.n_iter_ = len(trials), max(len(history.train_loss) for history in self.histories_)
+
+    def _scouts(self, num_features: int, rows: int, members: int, usual: _Trial, judged: bool) -> list[_Trial]:
+        """What the scouts try; nothing where nothing is open, or nobody could profit by it."""
+        if self.n_outputs_ > 1 or num_features == 1 or not judged:
+            return []
+        spread = self.frequency_scale == "auto" and rows >= FEWEST_TO_SPREAD
+        trials = [
+            _Trial(scale, dropout)
+            for dropout in (DROPOUTS if self.dropout is None else (usual.dropout,))
+            for scale in (FREQUENCY_SCALES if spread else (usual.frequency_scale,))
+        ]
+        return trials if len(trials) > 1 and members >= len(trials) + FEWEST_AFTER_SCOUTS else []
+
+    def _after_scouts(
+        self,
+        scouts: EnergyEnsemble,
+        trials: Sequence[_Trial],
+        histories: Sequence[History],
+        members: int,
+        epochs: int,
+        settings: dict[str, Any],
+    ) -> tuple[list[_Trial], int]:
+        """What the other members get, and their epochs; none if the user or the clock has had enough."""
+        if any(history.interrupted or history.timed_out for history in histories):
+            return [], epochs
+        try:
+            x, y, weights = settings["validation"]
+            shares = self._chances(scouts, x, y, weights, settings["seed"])
+        except KeyboardInterrupt:
+            for history in histories:
+                history.interrupted = True
+            warnings.warn("fit was interrupted after the first members, which are the model.", stacklevel=5)
+            return [], epochs
+        counts = _allot(shares, members - len(trials))
+        best = sum(share * (history.best_epoch or epochs) for share, history in zip(shares, histories, strict=True))
+        more = max(math.ceil(MORE_EPOCHS * float(best)), FEWEST_EPOCHS)
+        for trial, share, count in zip(trials, shares, counts, strict=True):
+            self._say(
+                f"Dropout {trial.dropout}, frequency scale {trial.frequency_scale}: the best with probability "
+                f"{share:.2f}, {count} more members of {more} epochs."
+            )
+        return [trial for trial, count in zip(trials, counts, strict=True) for _ in range(count)], more
+
+    @staticmethod
+    def _chances(
+        scouts: EnergyEnsemble, x: np.ndarray, y: np.ndarray, weights: np.ndarray | None, seed: int
+    ) -> np.ndarray:
+        """Each scout's probability of being the best, by the Bayesian bootstrap over the held-out rows.
+
+        Source:
+            Yao, Vehtari, Simpson and Gelman, "Using stacking to average Bayesian predictive distributions", Bayesian
+            Analysis 2018 (pseudo-BMA+).
+        """
+        rng = np.random.default_rng([seed, 4])
+        rows = np.sort(rng.choice(len(y), MOST_JUDGED, replace=False)) if len(y) > MOST_JUDGED else np.arange(len(y))
+        targets = torch.as_tensor(y[rows])
+        with torch.no_grad():
+            log_p = [
+                member(torch.as_tensor(x[rows])).log_prob(targets).double().cpu().numpy() for member in scouts._models()
+            ]
+        table = np.maximum(np.stack(log_p), LEAST_LOG_DENSITY)
+        draws = rng.gamma(
+            np.ones(len(rows)) if weights is None else weights[rows] / weights.mean(), size=(BOOTSTRAP, len(rows))
+        )
+        return np.bincount((draws @ table.T).argmax(1), minlength=len(table)) / BOOTSTRAP
 
     def _new_model(
-        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None
+        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None
     ) -> EnergyRegressionModel | EnergyChain:
         """A member, with weights of its own."""
         few = {"auto": rows, "marginal": None, "proposal": 0}[self.base]
         sizes: dict[str, Any] = {
-            "width": self.width, "depth": self.depth, "dropout": self._dropout(num_features, rows),
+            "width": self._width(rows), "depth": self.depth, "dropout": dropout,
             "num_components": self.num_components, "num_rows": few,
             "cardinalities": self.preprocessor_.cardinalities_,
         }  # fmt: skip
@@ -588,20 +710,14 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
     def _chained(self, dim: int) -> bool:
         return dim >= {"auto": CHAINED_FROM, "joint": math.inf, "chain": 2}[self.outputs]
 
+    def _width(self, rows: int) -> int:
+        return _by_rows(WIDTHS, rows) if self.width == "auto" else int(self.width)
+
     def _dropout(self, num_features: int, rows: int) -> float | None:
-        """Dropout probability; None for that of the model's default."""
+        """Dropout probability without scouts; None for that of the model's default."""
         if self.dropout is not None or num_features == 1 or rows >= MORE_DROPOUT:
             return self.dropout
         return 0.1
-
-    def _scales_of(self, members: int, num_features: int, rows: int) -> list[float | None]:
-        """The members' frequency scales; None for the model's default."""
-        if self.frequency_scale != "auto":
-            return [float(self.frequency_scale)] * members
-        if num_features == 1 or rows < FEWEST_TO_SPREAD or self._chained(self.n_outputs_):
-            return [None] * members
-        low, high = FREQUENCY_SCALES
-        return [low * (high / low) ** ((i + 0.5) / members) for i in range(members)]
 
     def _set_precision(self) -> None:
         """Double for one output, where the points are few; for several the time for it is better spent on points."""
@@ -730,9 +846,8 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         try:
             integrator = ImportanceSampling(SAMPLES) if self._needs_samples(self.model_) else None
             if isinstance(self.model_, EnergyEnsemble):
-                self.member_weights_ = self.model_.fit_weights(
-                    x, y, weights, integrator=integrator, memory_budget=CALIBRATION_BYTES
-                )
+                self.model_.fit_weights(x, y, weights, integrator=integrator, memory_budget=CALIBRATION_BYTES)
+                self._drop_members()
             p = self.model_(x, integrator=integrator, memory_budget=CALIBRATION_BYTES)
             self.calibration_ = Calibration.fit(p, torch.as_tensor(y), weights)
         except KeyboardInterrupt:
@@ -744,6 +859,20 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             self._say(f"Weights of the members: {', '.join(f'{weight:.2f}' for weight in self.member_weights_)}.")
         t, share = self.calibration_.inverse_temperature, self.calibration_.base_share
         self._say(f"Calibration on {len(y)} rows: energy times {t:.3g}, {share:.2g} of the base.")
+
+    def _drop_members(self) -> None:
+        """Drop the members whose weights are next to nothing."""
+        assert isinstance(self.model_, EnergyEnsemble)
+        weights = np.array(self.model_.shares)
+        kept = np.flatnonzero(weights >= LEAST_SHARE / len(weights))
+        if len(kept) < len(weights):
+            members = self.model_._models()
+            weights = weights[kept] / weights[kept].sum()
+            self.model_ = EnergyEnsemble([members[i] for i in kept.tolist()], weights.tolist()).eval()
+            self.frequency_scales_ = [self.frequency_scales_[i] for i in kept]
+            self.dropouts_ = [self.dropouts_[i] for i in kept]
+            self.n_members_ = len(kept)
+        self.member_weights_ = weights.tolist()
 
     def _conformal_rows(self, x: np.ndarray, y: np.ndarray) -> None:
         for name in ("conformal_regions_", "conformal_intervals_"):
@@ -970,7 +1099,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         if y is None:
             return -self._by_blocks(X, lambda p: p.entropy())
         x = self._inputs(X)
-        targets = _targets(y, "y", len(x))
+        targets = read_targets(y, "y", len(x))
         if targets.shape[1] != self.n_outputs_:
             raise ValueError(f"y has {targets.shape[1]} column(s), but the estimator predicts {self.n_outputs_}.")
         parts = []
@@ -1092,6 +1221,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             "n_outputs": self.n_outputs_,
             "n_iter": self.n_iter_,
             "frequency_scales": self.frequency_scales_,
+            "dropouts": self.dropouts_,
             "lattice_step": self.lattice_step_,
             "calibration": [self.calibration_.inverse_temperature, self.calibration_.base_share],
             "conformal": {
@@ -1123,7 +1253,8 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         self.space_ = model.space
         self.n_features_in_, self.n_outputs_, self.n_iter_ = state["n_features"], state["n_outputs"], state["n_iter"]
         one = model.factors[0] if isinstance(model, EnergyChain) else model
-        self.frequency_scales_, self.member_weights_ = state.get("frequency_scales", []), _weights_of(model)
+        self.frequency_scales_, self.dropouts_ = state["frequency_scales"], state["dropouts"]
+        self.member_weights_ = _weights_of(model)
         self.n_members_ = len(one) if isinstance(one, EnergyEnsemble) else 1
         self.lattice_step_ = state["lattice_step"]
         self.histories_ = [History(**history) for history in state["histories"]]
@@ -1138,6 +1269,14 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
 
 
 # ---------------------------------------------------------------------------------------------- parts of fit
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What the members may differ in; None for the model's default."""
+
+    frequency_scale: float | None
+    dropout: float | None
 
 
 @dataclass(frozen=True)
@@ -1167,6 +1306,20 @@ def _fit(
         torch.manual_seed(settings["seed"])
         model = build()
     return model, [fit(model, *data, epochs=epochs, **settings)]
+
+
+def _by_rows(table: Sequence[tuple[float, int]], rows: int) -> int:
+    """The value of the first entry whose bound is above the number of rows."""
+    return next(value for below, value in table if rows < below)
+
+
+def _allot(shares: np.ndarray, count: int) -> list[int]:
+    """Whole numbers that sum to `count`, in proportion to shares that sum to 1: by largest remainders."""
+    exact = shares * count
+    whole = np.floor(exact).astype(int)
+    for index in np.argsort(whole - exact, kind="stable")[: count - whole.sum()]:
+        whole[index] += 1
+    return whole.tolist()
 
 
 def _epoch_seconds(histories: list[History], members: int) -> float:
@@ -1219,68 +1372,6 @@ def _one_space(target: Any, count: int) -> TargetSpace:
         f'target is {target!r}; expected "real", "positive", ("interval", low, high), ("circle", low, high), "count", '
         "or a space of energyreg.spaces."
     )
-
-
-def _targets(y: Any, name: str, rows: int) -> np.ndarray:
-    """Targets as float64, shape (N, D), finite."""
-    if y is None:
-        raise ValueError(
-            f"EnergyRegressor requires y to be passed, but the target y is None: {name} is missing. Pass the targets."
-        )
-    if hasattr(y, "toarray") and hasattr(y, "nnz"):
-        raise TypeError(f"{name} is a sparse matrix; expected dense targets. Convert it by {name}.toarray().")
-    if isinstance(y, Tensor):
-        y = y.detach().cpu().numpy()
-    try:
-        values = np.asarray(y)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array of numbers: {error}.") from None
-    if values.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported: {name} has dtype {values.dtype}; expected real numbers.")
-    if values.dtype.kind in "OUS":
-        values = _numbers_of(values, name)
-    if values.dtype.kind not in "biuf":
-        raise ValueError(f"{name} has dtype {values.dtype}; expected numbers. Convert dates to numbers first.")
-    values = values.astype(np.float64)
-    values = values[:, None] if values.ndim == 1 else values
-    if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"{name} has shape {np.shape(y)}; expected (n,), or (n, D) for several outputs.")
-    if len(values) != rows:
-        raise ValueError(f"{name} has {len(values)} rows, but X has {rows}; expected one target for each row of X.")
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise ValueError(
-            f"{name} has NaN or infinity in {int(bad.any(1).sum())} of {rows} rows, the first in row {row}, column "
-            f"{column}: {values[row, column]}; expected finite numbers. Drop these rows."
-        )
-    return values
-
-
-def _numbers_of(values: np.ndarray, name: str) -> np.ndarray:
-    flat = values.reshape(-1)
-    result = np.empty(len(flat))
-    for index, value in enumerate(flat):
-        missing = value is None or type(value).__name__ in ("NAType", "NaTType")
-        if not missing and isinstance(value, (str, bytes)) and len(value) and not _looks_like_a_number(value):
-            raise ValueError(
-                f"{name} holds text, the first in row {index}: {str(value)!r}; expected numbers. Convert it."
-            )
-        try:
-            result[index] = np.nan if missing else float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"{name} holds a {type(value).__name__} in row {index}: {value!r}; expected numbers."
-            ) from None
-    return result.reshape(values.shape)
-
-
-def _looks_like_a_number(value: Any) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
 
 
 def _weights(sample_weight: Any, rows: int) -> np.ndarray:

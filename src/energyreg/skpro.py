@@ -338,7 +338,7 @@ class EnergyProbaRegressor(BaseProbaRegressor):
         epochs: Any = "auto",
         batch_size: int | None = None,
         learning_rate: float = 3e-3,
-        width: int = 128,
+        width: Any = "auto",
         depth: int = 2,
         dropout: float | None = None,
         frequency_scale: Any = "auto",
