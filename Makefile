@@ -51,7 +51,7 @@ clean: ## Remove everything that the other targets made
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("energyreg needs Python 3.11 or later, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make install PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(CONSTRAINTS:%=-c %) -e '.[tables,dev]'
+	$(PIP) install $(CONSTRAINTS:%=-c %) -e '.[tables,vision,dev]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

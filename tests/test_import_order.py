@@ -14,8 +14,8 @@ SOURCE = Path(energyreg.__file__).parent
 
 # Low to high. A module may import from the rows above its own. A new module gets its place here first.
 LAYERS = [
-    {"losses", "spaces", "points"},
-    {"bases", "proposals", "heads", "encoders"},
+    {"losses", "spaces", "points", "augment"},
+    {"bases", "proposals", "heads", "encoders", "image_encoders"},
     {"energy", "noise"},
     {"integrators", "mcmc", "refine"},
     {"objectives"},
@@ -30,10 +30,11 @@ LAYERS = [
     {"chain_training"},
     {"report"},
     {"tables", "calibration", "tablefiles"},
-    {"blocks"},
+    {"blocks", "images"},
     {"estimator"},
-    {"evaluation", "skpro"},
+    {"evaluation", "skpro", "image_estimator"},
     {"table_report"},
+    {"vision"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -27,9 +27,12 @@ __all__ = [
     "EnergyRegressionModel",
     "EnergyRegressor",
     "History",
+    "ImageEncoder",
+    "ImageRegressor",
     "PredictiveDistribution",
     "TrainingError",
     "WeightedPoints",
+    "augment",
     "bases",
     "calibration",
     "chain",
@@ -39,6 +42,8 @@ __all__ = [
     "fit_chain",
     "fit_ensemble",
     "heads",
+    "image_encoders",
+    "images",
     "integrators",
     "load",
     "losses",
@@ -53,6 +58,7 @@ __all__ = [
     "save",
     "spaces",
     "tables",
+    "vision",
 ]
 
 # Where the names above come from; the others are modules. They are imported when they are asked for, as torch takes
@@ -64,6 +70,8 @@ _ORIGIN = {
     "EnergyRegressionModel": "model",
     "EnergyRegressor": "estimator",
     "History": "training",
+    "ImageEncoder": "image_encoders",
+    "ImageRegressor": "image_estimator",
     "PredictiveDistribution": "predictive",
     "TrainingError": "training",
     "WeightedPoints": "points",
@@ -106,12 +114,15 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from energyreg import (
+        augment,
         bases,
         calibration,
         chain,
         datasets,
         encoders,
         heads,
+        image_encoders,
+        images,
         integrators,
         losses,
         mcmc,
@@ -123,6 +134,7 @@ if TYPE_CHECKING:
         report,
         spaces,
         tables,
+        vision,
     )
     from energyreg.chain import EnergyChain
     from energyreg.chain_training import fit_chain
@@ -130,6 +142,8 @@ if TYPE_CHECKING:
     from energyreg.ensemble import EnergyEnsemble
     from energyreg.ensemble_training import fit_ensemble
     from energyreg.estimator import EnergyRegressor
+    from energyreg.image_encoders import ImageEncoder
+    from energyreg.image_estimator import ImageRegressor
     from energyreg.model import EnergyRegressionModel
     from energyreg.points import WeightedPoints
     from energyreg.predictive import PredictiveDistribution

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import bases, encoders, heads, proposals, spaces
+from . import bases, encoders, heads, image_encoders, proposals, spaces
 from .chain import ChainEncoder, EnergyChain
 from .ensemble import EnergyEnsemble
 from .model import EnergyRegressionModel
@@ -46,6 +46,8 @@ MODEL_FORMAT = "energyreg"
 STATE_FORMAT = "energyreg-training-state"
 ESTIMATOR_FORMAT = "energyreg-estimator"
 FORMAT_VERSION = "1"
+STATE = "state."
+"""Begins the names of tensors of modules in an estimator's state."""
 
 # The only classes that a file can name. The list comes from our own modules, never from a file.
 KNOWN_CLASSES: tuple[type[nn.Module], ...] = (
@@ -55,7 +57,7 @@ KNOWN_CLASSES: tuple[type[nn.Module], ...] = (
     ChainEncoder,
     *(
         member
-        for module in (spaces, bases, proposals, heads, encoders)
+        for module in (spaces, bases, proposals, heads, encoders, image_encoders)
         for member in (getattr(module, name) for name in module.__all__)
         if isinstance(member, type) and issubclass(member, nn.Module)
     ),
@@ -164,7 +166,8 @@ def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLi
 
     Args:
         model: The model, or the ensemble.
-        state: The rest, as for :func:`save_training_state`; target spaces may be in it, too.
+        state: The rest, as for :func:`save_training_state`; target spaces may be in it, too, and other modules of this
+            library, of which those at its top are stored with their weights.
         path: File to write. The suffix ``.safetensors`` is appended where it is missing.
 
     Returns:
@@ -179,15 +182,23 @@ def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLi
         "config": json.dumps(_describe(model, "model", {}), allow_nan=False),
         "state": json.dumps(_describe(dict(state), "state", {}), allow_nan=False),
     }
-    _write(path, model.state_dict(), ESTIMATOR_FORMAT, metadata)
+    tensors = dict(model.state_dict())
+    for name, part in state.items():
+        if isinstance(part, nn.Module):
+            tensors |= {f"{STATE}{name}.{key}": tensor for key, tensor in part.state_dict().items()}
+    _write(path, tensors, ESTIMATOR_FORMAT, metadata)
     return path
 
 
-def load_estimator(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]:
+def load_estimator(
+    path: str | os.PathLike[str], parts: Mapping[str, nn.Module] | None = None
+) -> tuple[Model, dict[str, Any]]:
     """Read what :func:`save_estimator` wrote.
 
     Args:
         path: File to read, with or without its suffix.
+        parts: Modules of the state that are not this library's alone, built as they were when the file was written, by
+            name; their weights are overwritten.
 
     Returns:
         The model in evaluation mode on the CPU, and the rest of the state.
@@ -198,11 +209,21 @@ def load_estimator(path: str | os.PathLike[str]) -> tuple[Model, dict[str, Any]]
     """
     path = _with_suffix(path)
     tensors, metadata = _read(path, ESTIMATOR_FORMAT)
-    model = _build(path, tensors, metadata, {})
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(STATE)}
+    model = _build(path, {name: tensors[name] for name in tensors if name not in inside}, metadata, {})
     try:
-        state = _Builder({}).build(json.loads(metadata["state"]), "state")
+        description = json.loads(metadata["state"])
+        given = {name: part for name, part in (parts or {}).items() if description["dict"].pop(name, None)}
+        with torch.random.fork_rng(devices=[]):
+            state = {**_Builder({}).build(description, "state"), **given}
+        for name, part in state.items():
+            if isinstance(part, nn.Module):
+                prefix = f"{STATE}{name}."
+                _fill(part, {key.removeprefix(prefix): inside[key] for key in inside if key.startswith(prefix)})
+                part.eval()
     except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"Cannot load {str(path)!r}: its description cannot be read ({error!r}).") from None
+        what = error if isinstance(error, _DescriptionError) else repr(error)
+        raise CheckpointError(f"Cannot load {str(path)!r}: its description cannot be read ({what}).") from None
     return model.eval(), state
 
 

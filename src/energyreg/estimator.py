@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -1231,7 +1231,11 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             },
             "histories": [history.to_dict() for history in self.histories_],
         }
-        return checkpoint.save_estimator(copy.deepcopy(self.model_).float(), state, path)
+        return checkpoint.save_estimator(copy.deepcopy(self.model_).float(), self._to_store(state), path)
+
+    def _to_store(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a file holds besides the model; a subclass adds to it."""
+        return state
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EnergyRegressor:
@@ -1244,7 +1248,11 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             FileNotFoundError: If there is no such file.
             energyreg.checkpoint.CheckpointError: If the file is damaged, or no estimator's.
         """
-        model, state = checkpoint.load_estimator(path)
+        return cls._from_stored(*checkpoint.load_estimator(path))
+
+    @classmethod
+    def _from_stored(cls, model: Any, state: dict[str, Any]) -> Self:
+        """The estimator of what a file holds."""
         self = cls(**state["parameters"])
         self.model_ = model
         self.preprocessor_ = TablePreprocessor.from_state(state["preprocessor"])

@@ -327,13 +327,30 @@ class EnergyRegressionModel(nn.Module):
             ValueError: If x is empty, holds NaN or infinite values, or is no array of numbers.
         """
         x = _as_array(x, "x")
-        columns = getattr(self.encoder, "num_features", None)
-        if isinstance(columns, int) and (x.ndim != 2 or x.shape[1] != columns):
-            raise ValueError(f"x has shape {tuple(x.shape)}, but the model takes (B, {columns}).")
+        shape = self._input_shape
+        if shape is not None and (
+            x.ndim != 1 + len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape[1:], strict=True))
+        ):
+            sides = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"x has shape {tuple(x.shape)}, but the model takes (B, {sides}).")
         if x.ndim < 1 or len(x) == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected at least one row.")
         _check_finite(x, "x")
-        return x.to(self.dtype)
+        return self._for_encoder(x)
+
+    @property
+    def _input_shape(self) -> tuple[int | None, ...] | None:
+        """Shape of a row of x, as far as the encoder says it: of images by `input_shape`, of tables by columns."""
+        shape = getattr(self.encoder, "input_shape", None)
+        if isinstance(shape, tuple):
+            return shape
+        columns = getattr(self.encoder, "num_features", None)
+        return (columns,) if isinstance(columns, int) else None
+
+    def _for_encoder(self, x: Tensor) -> Tensor:
+        """Inputs in the model's dtype; images of bytes stay such, a quarter of the memory, for their encoder."""
+        images = isinstance(getattr(self.encoder, "input_shape", None), tuple)
+        return x if images and x.dtype == torch.uint8 else x.to(self.dtype)
 
     def check_targets(self, y: Any) -> Tensor:
         """Targets as a tensor of shape (N, D), in the precision they came in.
@@ -374,7 +391,7 @@ class EnergyRegressionModel(nn.Module):
 
     def energy(self, x: Any) -> EnergyFunction:
         """The energy function f(x, ·) of a batch, in model space; its ``q`` is the proposal."""
-        return self._energy(self.encoder(x.to(self.dtype)))
+        return self._energy(self.encoder(self._for_encoder(x)))
 
     def condition(self, x: Tensor, y: Tensor) -> tuple[EnergyFunction, Distribution | None, Tensor]:
         """What an objective takes of one batch: ``objective(*model.condition(x, y))``.

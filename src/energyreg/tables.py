@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TablePreprocessor", "column_names"]
+__all__ = ["TablePreprocessor", "column_names", "read_targets"]
 
 MICROSECONDS_PER_DAY = 86_400e6
 EPOCH_WEEKDAY = 3
@@ -640,3 +640,81 @@ def _codes(plan: _Plan, column: Column) -> np.ndarray:
         labels = np.array([{"False": "0", "True": "1"}.get(label, label) for label in labels], object)
     found = (codes_of_missing if label is None else codes.get(label, 0.0) for label in labels)
     return np.fromiter(found, np.float64, len(labels))
+
+
+# ---------------------------------------------------------------------------------------------- targets
+
+
+def read_targets(y: Any, name: str, rows: int, of: str = "X") -> np.ndarray:
+    """Targets as float64, shape (N, D), finite.
+
+    Args:
+        y: Targets, shape (N,) or (N, D).
+        name: What an error calls them.
+        rows: How many there should be.
+        of: What there should be one target for each row of.
+
+    Raises:
+        ValueError: If they are missing, no numbers, not finite, or not as many.
+        TypeError: If they are sparse.
+    """
+    if y is None:
+        raise ValueError(
+            f"EnergyRegressor requires y to be passed, but the target y is None: {name} is missing. Pass the targets."
+        )
+    if hasattr(y, "toarray") and hasattr(y, "nnz"):
+        raise TypeError(f"{name} is a sparse matrix; expected dense targets. Convert it by {name}.toarray().")
+    if hasattr(y, "detach"):
+        y = y.detach().cpu().numpy()
+    try:
+        values = np.asarray(y)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array of numbers: {error}.") from None
+    if values.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported: {name} has dtype {values.dtype}; expected real numbers.")
+    if values.dtype.kind in "OUS":
+        values = _numbers_of(values, name)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{name} has dtype {values.dtype}; expected numbers. Convert dates to numbers first.")
+    values = values.astype(np.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or values.shape[1] == 0:
+        raise ValueError(f"{name} has shape {np.shape(y)}; expected (n,), or (n, D) for several outputs.")
+    if len(values) != rows:
+        raise ValueError(
+            f"{name} has {len(values)} rows, but {of} has {rows}; expected one target for each row of {of}."
+        )
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ValueError(
+            f"{name} has NaN or infinity in {int(bad.any(1).sum())} of {rows} rows, the first in row {row}, column "
+            f"{column}: {values[row, column]}; expected finite numbers. Drop these rows."
+        )
+    return values
+
+
+def _numbers_of(values: np.ndarray, name: str) -> np.ndarray:
+    flat = values.reshape(-1)
+    result = np.empty(len(flat))
+    for index, value in enumerate(flat):
+        missing = value is None or type(value).__name__ in ("NAType", "NaTType")
+        if not missing and isinstance(value, (str, bytes)) and len(value) and not _looks_like_a_number(value):
+            raise ValueError(
+                f"{name} holds text, the first in row {index}: {str(value)!r}; expected numbers. Convert it."
+            )
+        try:
+            result[index] = np.nan if missing else float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"{name} holds a {type(value).__name__} in row {index}: {value!r}; expected numbers."
+            ) from None
+    return result.reshape(values.shape)
+
+
+def _looks_like_a_number(value: Any) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
