@@ -16,7 +16,7 @@ from energyreg.noise import GaussianNoise
 pytest.importorskip("matplotlib")  # the experiments need it
 
 from benchmarks import __main__ as command
-from benchmarks import plain, startup, steps, table, timing
+from benchmarks import plain, roi_pool, startup, steps, table, timing
 from benchmarks.rows import Benchmark, Measurement, Options, Skipped
 from experiments.one_dimensional.networks import tanh_network
 
@@ -241,6 +241,14 @@ def test_rows_can_be_measured(name: str) -> None:
         record = bench.record(bench.measure(TINY), 1, TINY)
     assert math.isfinite(record["value"]) and record["text"]
     json.dumps(record)
+
+
+def test_poolings_are_compared_with_their_gradients() -> None:
+    pytest.importorskip("torchvision")
+    with torch.random.fork_rng():
+        shapes = {name: [tuple(g.shape) for g in act()] for name, act in roi_pool.actions("wide", True, "cpu").items()}
+    maps, boxes = (1, 4, 30, 40), (8, 4)
+    assert shapes == {"boxes": [boxes], "boxes and features": [maps, boxes], "RoIAlign, features": [maps]}
 
 
 def test_command_measures_in_a_process_of_its_own_and_writes(tmp_path) -> None:

@@ -1,0 +1,42 @@
+"""Vision: an energy head for detectors, on exact and differentiable pooling of boxes.
+
+Training and prediction are those of the rest of the library; torchvision comes with ``pip install 'energyreg[vision]'``
+and is imported when it is needed.
+"""
+
+from energyreg.vision.average_precision import average_precision
+from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, paired_iou
+from energyreg.vision.data import BoxDataset, BoxRecord
+from energyreg.vision.detection import (
+    BoxBatch,
+    BoxCollate,
+    BoxEnergy,
+    BoxEnergyHead,
+    EnergyDetector,
+    Inference,
+    WithDetectorLoss,
+    add_energy_head,
+)
+from energyreg.vision.roi_pool import Pyramid, assign_levels, roi_pool
+
+__all__ = [
+    "BoxBatch",
+    "BoxCollate",
+    "BoxDataset",
+    "BoxDistribution",
+    "BoxEnergy",
+    "BoxEnergyHead",
+    "BoxRecord",
+    "BoxSpace",
+    "EnergyDetector",
+    "Inference",
+    "Pyramid",
+    "WithDetectorLoss",
+    "add_energy_head",
+    "assign_levels",
+    "average_precision",
+    "box_noise",
+    "check_boxes",
+    "paired_iou",
+    "roi_pool",
+]
