@@ -202,7 +202,9 @@ def self_normalised_likelihood(f_target: Tensor, f_samples: Tensor, log_q_sample
     """
     log_z = (f_samples - log_q_samples).logsumexp(0) - math.log(len(f_samples))
     # Not log_z - min(log_z, 10), which is NaN where f is -inf at all samples.
-    z = log_z.clamp_max(LINEAR_FROM).exp() + math.exp(LINEAR_FROM) * (log_z - LINEAR_FROM).relu()
+    # Nor a clamp, whose gradient at its bound depends on the version of torch.
+    below = torch.where(log_z <= LINEAR_FROM, log_z, LINEAR_FROM)
+    z = below.exp() + math.exp(LINEAR_FROM) * (log_z - LINEAR_FROM).relu()
     return z - 1 - f_target
 
 
