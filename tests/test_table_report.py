@@ -158,6 +158,18 @@ def test_linear_forecast_of_two_outputs_is_a_joint_gaussian(fitted):
     np.testing.assert_allclose(drawn, forecast.covariance, rtol=0.05, atol=0.02)  # 1/√40,000 is 0.5%
 
 
+def test_linear_forecast_of_more_columns_than_rows_keeps_its_noise():
+    # One direction of 300 columns tells y; the noise of the target has a variance of 1.
+    rng = np.random.default_rng(0)
+    factor = rng.normal(size=500)
+    x = factor[:, None] + 0.1 * rng.normal(size=(500, 300))
+    y = 2 * factor[:, None] + rng.normal(size=(500, 1))
+    regressor = EnergyRegressor(n_members=1, epochs=1, width=8, random_state=0).fit(x[:60], y[:60, 0])
+    forecast = LinearForecast(regressor, x[:100], y[:100])
+    nll = -forecast.log_density(x[100:], y[100:]).mean()
+    assert nll == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=0.3)
+
+
 def test_linear_probabilities_of_counts_sum_to_one(fitted):
     table, y = rows(200, seed=4)
     forecast = LinearForecast(fitted["count"], table, targets("count", y)[:, None])

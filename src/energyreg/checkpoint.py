@@ -45,6 +45,7 @@ SUFFIX = ".safetensors"
 MODEL_FORMAT = "energyreg"
 STATE_FORMAT = "energyreg-training-state"
 ESTIMATOR_FORMAT = "energyreg-estimator"
+HEAD_FORMAT = "energyreg-box-head"
 FORMAT_VERSION = "1"
 STATE = "state."
 """Begins the names of tensors of modules in an estimator's state."""
@@ -91,7 +92,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> Path:
             cannot be stored.
         OSError: If the file cannot be written (a read-only or full disk); the message says so, an older file is intact.
     """
-    path = _with_suffix(path)
+    path = with_suffix(path)
     if type(model) not in (EnergyRegressionModel, EnergyEnsemble, EnergyChain):
         raise CheckpointError(
             f"save() was given a {type(model).__name__}; expected an EnergyRegressionModel, EnergyEnsemble or "
@@ -137,7 +138,7 @@ def load(
             names a class that this version does not know, or if a part of your own is missing, not needed, or of
             another shape.
     """
-    path = _with_suffix(path)
+    path = with_suffix(path)
     tensors, metadata = _read(path, MODEL_FORMAT)
     parts = dict(zip(PARTS, (encoder, head, proposal, base, space), strict=True))
     return _build(path, tensors, metadata, parts).to(map_location).eval()
@@ -177,7 +178,7 @@ def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLi
         CheckpointError: If something cannot be stored.
         OSError: If the file cannot be written; an older file is intact.
     """
-    path = _with_suffix(path)
+    path = with_suffix(path)
     metadata = {
         "config": json.dumps(_describe(model, "model", {}), allow_nan=False),
         "state": json.dumps(_describe(dict(state), "state", {}), allow_nan=False),
@@ -207,7 +208,7 @@ def load_estimator(
         FileNotFoundError: If there is no such file.
         CheckpointError: If the file is not an estimator's, is damaged, or has another format version.
     """
-    path = _with_suffix(path)
+    path = with_suffix(path)
     tensors, metadata = _read(path, ESTIMATOR_FORMAT)
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(STATE)}
     model = _build(path, {name: tensors[name] for name in tensors if name not in inside}, metadata, {})
@@ -240,8 +241,15 @@ def save_training_state(path: str | os.PathLike[str], tensors: Mapping[str, Tens
         CheckpointError: If state holds something else.
         OSError: If the file cannot be written; an older file is intact.
     """
+    save_state(path, tensors, state, STATE_FORMAT)
+
+
+def save_state(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any], kind: str
+) -> None:
+    """As :func:`save_training_state`, for a file of another kind, which one of the formats above names."""
     description = json.dumps(_describe(dict(state), "state", {}), allow_nan=False)
-    _write(Path(path), tensors, STATE_FORMAT, {"state": description})
+    _write(Path(path), tensors, kind, {"state": description})
 
 
 def load_training_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -257,7 +265,12 @@ def load_training_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor]
         FileNotFoundError: If there is no such file.
         CheckpointError: If the file is not a training state of this library, is damaged, or has another format version.
     """
-    tensors, metadata = _read(Path(path), STATE_FORMAT)
+    return load_state(path, STATE_FORMAT)
+
+
+def load_state(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As :func:`load_training_state`, for a file of another kind."""
+    tensors, metadata = _read(Path(path), kind)
     try:
         state = _Builder({}).build(json.loads(metadata["state"]))
     except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
@@ -439,7 +452,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _with_suffix(path: str | os.PathLike[str]) -> Path:
+def with_suffix(path: str | os.PathLike[str]) -> Path:
+    """The path with ``.safetensors`` at its end."""
     path = Path(path)
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
@@ -449,6 +463,12 @@ def _version() -> str:
         return importlib.metadata.version("energyreg")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's weights and buffers with their names, wherever they are."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    return _digest(tensors, {})
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -565,11 +585,12 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_format(path: Path, metadata: Mapping[str, str], kind: str) -> None:
     found = metadata.get("format")
-    wanted = "an estimator" if kind == ESTIMATOR_FORMAT else "a training state"
+    wanted = {ESTIMATOR_FORMAT: "an estimator", HEAD_FORMAT: "the head of a detector"}.get(kind, "a training state")
     hints = {
         STATE_FORMAT: "a training state: continue it by fit(..., checkpoint_dir=..., resume=True)",
         MODEL_FORMAT: f"a model, not {wanted}: read it by load()",
         ESTIMATOR_FORMAT: "an estimator: read it by EnergyRegressor.load()",
+        HEAD_FORMAT: "the head of a detector: read it by energyreg.vision.load_head()",
     }
     if found in hints and found != kind:
         raise CheckpointError(f"Cannot load {str(path)!r}: it is {hints[found]}.")

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 try:
     import typer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from energyreg.estimator import EnergyRegressor
+    from energyreg.image_estimator import ImageRegressor
 
 __all__ = ["app"]
 
@@ -42,9 +44,13 @@ EPILOG = (
     "far). Tables are CSV, Parquet or Feather, by their suffix; rows count from 1, without the header."
 )
 SAMPLES_AT_ONCE = 1_000_000
+ADVICE = re.compile(r",? or pass \w+=\S+$")
+"""What only those who call Python can do about an image."""
 LARGE_BYTES, LARGE_ROWS = 2**26, 250_000
 """Size or rows of a table beyond which `fit` reads it in blocks instead of whole."""
 SECONDS_PER_LINE = 10.0
+IMAGES = "Images"
+"""Heading of the options for them in the help."""
 
 app = typer.Typer(
     name="energyreg",
@@ -62,6 +68,13 @@ class PointKind(StrEnum):
     mean = "mean"
     median = "median"
     mode = "mode"
+
+
+class OnError(StrEnum):
+    """What `fit` does with an image that cannot be read."""
+
+    stop = "raise"
+    skip = "skip"
 
 
 class InputError(ValueError):
@@ -103,16 +116,18 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """What to say about an error, and the exit status."""
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"{error.filename}: there is no such file.", WRONG_INPUT
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}.", FAILED
     message = " ".join(str(error).split())
-    if isinstance(error, (ValueError, TypeError)) and message:
+    if isinstance(error, (ValueError, TypeError, FileNotFoundError)) and message:
         return message, WRONG_INPUT
+    if type(error).__name__ in ("TrainingError", "ImageMemoryError", "ImageWorkerError"):
+        return message, FAILED
     if isinstance(error, MemoryError):
         return "There is not enough memory; pass fewer rows.", FAILED
-    if isinstance(error, ImportError) or type(error).__name__ == "TrainingError":
+    if isinstance(error, ImportError):
         return message, FAILED
     return f"{type(error).__name__}: {message} (run `energyreg --debug ...` for the details)", FAILED
 
@@ -222,6 +237,14 @@ class _Fitted:
     regressor: EnergyRegressor
     path: Path
     facts: Mapping[str, Any]
+    shown_kind: ClassVar[str] = ""
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a table that are predicted at once."""
+        from energyreg import tablefiles
+
+        return tablefiles.CHUNK_ROWS
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -260,6 +283,47 @@ class _Fitted:
             return rest.to_numpy()
         return frame[_present(frame, self.columns, path, "the model was fitted on")]
 
+    def about(
+        self, path: Path, x: Any, targets: Sequence[str], numbers: Sequence[int]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Words for errors about inputs, which are rows of the table with these numbers; see `_about`."""
+        return _about(path, targets, numbers[0] - 1)
+
+
+class _FittedOnImages(_Fitted):
+    """An estimator of images, whose input is a column of files."""
+
+    regressor: ImageRegressor
+    shown_kind = "image"
+
+    @property
+    def chunk_rows(self) -> int:
+        from energyreg.evaluation import BLOCK_ROWS
+
+        return BLOCK_ROWS  # an image takes a hundred times as long as a row of numbers, and a block is scored at once
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {self.regressor.image: "text"} | dict.fromkeys(self.facts.get("targets", []), "number")
+
+    @property
+    def columns(self) -> list[str]:
+        return [self.regressor.image]
+
+    def inputs(self, frame: DataFrame, path: Path, beside: Sequence[str] = ()) -> DataFrame:
+        return _image_files(frame, self.regressor.image, path, "the model was fitted on")
+
+    def about(
+        self, path: Path, x: Any, targets: Sequence[str], numbers: Sequence[int]
+    ) -> contextlib.AbstractContextManager[None]:
+        return _about_images(path, x, targets, numbers)
+
+
+def _image_files(frame: DataFrame, column: str, path: Path, why: str) -> DataFrame:
+    """The column of files, which start at the folder of the table."""
+    files = frame[_present(frame, [column], path, why)]
+    return files.assign(**{column: [path.parent / name if isinstance(name, str) else None for name in files[column]]})
+
 
 def _present(frame: DataFrame, names: Sequence[str], path: Path, why: str) -> list[str]:
     missing = [name for name in names if name not in frame.columns]
@@ -272,13 +336,16 @@ def _present(frame: DataFrame, names: Sequence[str], path: Path, why: str) -> li
 
 
 def _load(path: Path, threads: int | None = None) -> _Fitted:
-    from energyreg import checkpoint
-    from energyreg.estimator import EnergyRegressor
+    from energyreg.image_estimator import ImageRegressor, load_estimator
 
     _use_threads(threads)
-    regressor = EnergyRegressor.load(path)
-    _, state = checkpoint.load_estimator(path)
-    return _Fitted(regressor, path, state.get("table", {}))
+    regressor, state = load_estimator(path)
+    facts = state.get("table", {})
+    if not isinstance(regressor, ImageRegressor):
+        return _Fitted(regressor, path, facts)
+    # Where the features of the training images were kept, is no place for those of others.
+    regressor.set_params(folder=None, cache=None, verbose=False)
+    return _FittedOnImages(regressor, path, facts)
 
 
 def _save(regressor: EnergyRegressor, path: Path, facts: Mapping[str, Any]) -> Path:
@@ -312,6 +379,29 @@ def _about(path: Path, targets: Sequence[str], offset: int = 0) -> Iterator[None
         if isinstance(error, (CheckpointError, TableFileError, InputError)):
             raise
         raise InputError(str(error_about(error, path, targets, offset))) from error
+
+
+@contextlib.contextmanager
+def _about_images(
+    path: Path, files: DataFrame, targets: Sequence[str], numbers: Sequence[int], *, fitting: bool = False
+) -> Iterator[None]:
+    """As `_about` for a column of files, in rows of the table with these numbers."""
+    from energyreg.images import ImageFileError
+
+    column = str(files.columns[0])
+    with _about(path, targets):
+        try:
+            yield
+        except ImageFileError as error:
+            rows = [row for row, file in zip(numbers, files[column], strict=True) if str(error).startswith(f"{file} ")]
+            text = str(error).replace('on_error="skip"', "--on-error skip") if fitting else ADVICE.sub(".", str(error))
+            raise InputError(f"{path}: {f'row {rows[0]}: ' if rows else ''}{text}") from error
+        except (FileNotFoundError, ValueError) as error:
+            found = re.match(r"files(:| has) (.*)", str(error), re.DOTALL)
+            if found is None:
+                raise
+            text = re.sub(r"\brow (\d+)", lambda m: f"row {numbers[int(m[1])]}", ADVICE.sub(".", found[2]))
+            raise InputError(f"{path}: column {column!r}{found[1]} {text}") from error
 
 
 def _targets(frame: DataFrame, names: Sequence[str], path: Path, offset: int = 0) -> np.ndarray:
@@ -360,12 +450,52 @@ def fit(
     time_budget: Annotated[float | None, typer.Option(help="Seconds that the training may take, about.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the rows to choose the epoch by, or a table.")] = "0.1",
     conformal: Annotated[bool, typer.Option("--conformal", help="Intervals with a guaranteed coverage.")] = False,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of image files, to predict from instead of the other columns.", rich_help_panel=IMAGES
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="timm:NAME or torchvision:NAME.", rich_help_panel=IMAGES, show_default="timm:tf_efficientnet_lite0"
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the backbone: package (in an installed package), pretrained (downloaded), none, or a file.",
+            rich_help_panel=IMAGES,
+            show_default="package",
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels to a side.", rich_help_panel=IMAGES, show_default="112")
+    ] = None,
+    fine_tune: Annotated[
+        int | None,
+        typer.Option(min=1, help="Epochs of the backbone's last stages.", rich_help_panel=IMAGES, show_default="none"),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for features, to fit again without the images.", rich_help_panel=IMAGES, show_default="none"
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=IMAGES, show_default="0")
+    ] = None,
+    on_error: Annotated[
+        OnError | None,
+        typer.Option(help="What to do with a broken image.", rich_help_panel=IMAGES, show_default="raise"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Learn the density of a column given the others, and write a model file.
+    """Learn the density of a column given the others, or given images, and write a model file.
 
     Ctrl-C ends the training early: the best model so far is written, and the exit status is 130.
     """
@@ -378,38 +508,58 @@ def fit(
     share = _share(validation)
     if time_budget is not None and not 0 < time_budget < math.inf:
         raise InputError(f"--time-budget is {time_budget}; expected a number of seconds above 0.")
+    network: dict[str, Any] = {
+        "backbone": backbone, "weights": weights, "image_size": image_size, "fine_tune": fine_tune,
+        "cache": cache, "workers": workers, "on_error": on_error and on_error.value,
+    }  # fmt: skip
+    network = {name: value for name, value in network.items() if value is not None}
+    if image is None and network:
+        option = f"--{next(iter(network)).replace('_', '-')}"
+        raise InputError(f"{option} is for images; pass --image, the column of their files, too.")
+    if image is not None and drop:
+        raise InputError("--drop is for tables; with --image no other column is looked at.")
     output = _model_path(output)
     _check_writable(output)
-    large = _is_large(data)
+    large = image is None and _is_large(data)
     if large:
         from energyreg.tablefiles import columns_of
 
         names = [name for name in columns_of(data) if name not in {*target, *(drop or [])}]
     else:
-        names, frame, y = _training_table(data, target, drop or [])
+        names, frame, y = _training_table(data, target, drop or [], image=image)
 
     from energyreg.estimator import EnergyRegressor
     from energyreg.training import TrainingError
 
     held_out = None
     if share is None:
-        _, other, other_y = _training_table(Path(validation), target, [], keep=names)
+        _, other, other_y = _training_table(Path(validation), target, [], keep=names, image=image)
         held_out = (other, other_y)
     _use_threads(threads)
-    regressor = EnergyRegressor(
-        target=kinds[0] if len(kinds) == 1 else kinds, n_members=members or "auto", epochs=epochs or "auto",
-        time_budget=time_budget, validation_fraction=0.1 if share is None else share, conformal=conformal,
-        random_state=seed, verbose=not quiet,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "target": kinds[0] if len(kinds) == 1 else kinds, "n_members": members or "auto", "epochs": epochs or "auto",
+        "time_budget": time_budget, "validation_fraction": 0.1 if share is None else share, "conformal": conformal,
+        "random_state": seed, "verbose": not quiet,
+    }  # fmt: skip
+    regressor: EnergyRegressor
+    if image is None:
+        regressor, about = EnergyRegressor(**settings), _about(data, target)
+    else:
+        from energyreg.image_estimator import ImageRegressor
+
+        if network.get("weights") == "none":
+            network["weights"] = None
+        regressor = ImageRegressor(image=image, **network, **settings)
+        about = _about_images(data, frame, target, range(1, len(frame) + 1), fitting=True)
     # Whatever the training prints is no result: stdout is for those.
-    with contextlib.redirect_stdout(sys.stderr), _about(data, target):
+    with contextlib.redirect_stdout(sys.stderr), about:
         try:
             if large:
                 regressor.fit_file(data, list(target), drop=drop or [], eval_set=held_out)
                 rows = regressor._rows
             else:
                 regressor.fit(frame, y if len(target) > 1 else y[:, 0], eval_set=held_out)
-                rows = len(frame)
+                rows = len(frame) - len(getattr(regressor, "skipped_", ()))
         except TrainingError:
             raise
         except KeyboardInterrupt:
@@ -452,12 +602,16 @@ def _about_training(regressor: EnergyRegressor) -> dict[str, Any]:
 
 
 def _training_table(
-    path: Path, target: Sequence[str], drop: Sequence[str], keep: Sequence[str] | None = None
+    path: Path,
+    target: Sequence[str],
+    drop: Sequence[str],
+    keep: Sequence[str] | None = None,
+    image: str | None = None,
 ) -> tuple[list[str], DataFrame, np.ndarray]:
     """Names of the inputs, their columns, and the targets."""
     from energyreg import tablefiles
 
-    frame = tablefiles.read(path)
+    frame = tablefiles.read(path, kinds=None if image is None else {image: "text"})
     frame.columns = [str(name) for name in frame.columns]
     _present(frame, target, path, "--target names")
     _present(frame, drop, path, "--drop names")
@@ -467,6 +621,8 @@ def _training_table(
         raise InputError(f"{path}: no column is left to predict from; there must be one besides the target.")
     if len(frame) < 2:
         raise InputError(f"{path}: the table has one row; expected at least 2 to learn from, and better 100.")
+    if image is not None:
+        return names, _image_files(frame, image, path, "--image names"), y
     return names, frame[_present(frame, names, path, "the training table has")], y
 
 
@@ -578,7 +734,7 @@ def predict(
             columns["log_density"] = regressor.score_samples(x, y)
         return columns
 
-    rows = _stream(fitted, data, writer, rows_of, names, identifier or [], "Predicting", quiet, tablefiles.CHUNK_ROWS)
+    rows = _stream(fitted, data, writer, rows_of, names, identifier or [], "Predicting", quiet, fitted.chunk_rows)
     if not quiet:
         typer.echo(f"Wrote {output}: {rows:,} rows.")
 
@@ -614,7 +770,7 @@ def sample(
         outputs = names or [f"y{i + 1}" if draws.shape[1] > 1 else "y" for i in range(draws.shape[1])]
         return columns | {name: draws[:, d] for d, name in enumerate(outputs)}
 
-    at_once = max(min(SAMPLES_AT_ONCE // number, tablefiles.CHUNK_ROWS), 1)
+    at_once = max(min(SAMPLES_AT_ONCE // number, fitted.chunk_rows), 1)
     rows = _stream(fitted, data, writer, rows_of, names, identifier or [], "Sampling", quiet, at_once, number)
     if not quiet:
         typer.echo(f"Wrote {output}: {number:,} draws for each of {rows:,} rows.")
@@ -647,7 +803,7 @@ def _stream(
             frame.columns = [str(name) for name in frame.columns]
             _present(frame, identifiers, data, "--id names")
             x = fitted.inputs(frame, data, [*targets, *identifiers])
-            with _about(data, targets, done):
+            with fitted.about(data, x, targets, range(done + 1, done + len(frame) + 1)):
                 columns = rows_of(frame, x, done)
             twice = [name for name in identifiers if name in columns]
             if twice:
@@ -712,12 +868,13 @@ def _pairs(fitted: _Fitted, data: Path, names: Sequence[str]) -> Iterator[tuple[
     from energyreg import tablefiles
 
     done = 0
-    for frame in tablefiles.read_chunks(data, kinds=fitted.kinds | dict.fromkeys(names, "number")):
+    kinds = fitted.kinds | dict.fromkeys(names, "number")
+    for frame in tablefiles.read_chunks(data, rows=fitted.chunk_rows, kinds=kinds):
         frame.columns = [str(name) for name in frame.columns]
         y = _targets(frame, names, data, done)
         x = fitted.inputs(frame, data, names)
-        with _about(data, names, done):
-            fitted.regressor.preprocessor_.transform(x, "X")
+        with fitted.about(data, x, names, range(done + 1, done + len(frame) + 1)):
+            fitted.regressor._inputs(x)
         yield x, y
         done += len(frame)
 
@@ -777,11 +934,18 @@ def report(
         "Members": str(fitted.regressor.n_members_), "Epochs": str(fitted.regressor.n_iter_),
         "Version": f"energyreg {_version()}", "Seed": str(seed),
     }  # fmt: skip
-    with _Progress("Report", "steps", table_report.number_of_steps(x), quiet) as progress, _about(data, names):
-        page = table_report.describe(
-            fitted.regressor, x, y, names, title=f"Densities of {' and '.join(names)}", labels=labels, facts=facts,
-            total=total, seed=seed, progress=progress,
-        )  # fmt: skip
+    images = list(x[fitted.columns[0]]) if isinstance(fitted, _FittedOnImages) else None
+    steps = table_report.number_of_steps(x) if images is None else table_report.IMAGE_STEPS
+    with fitted.about(data, x, names, frame.index):
+        if images is not None:  # all at once, before anything else is shown
+            fitted.regressor.set_params(verbose=not quiet)
+            with contextlib.redirect_stdout(sys.stderr):
+                fitted.regressor._inputs(x)
+        with _Progress("Report", "steps", steps, quiet) as progress:
+            page = table_report.describe(
+                fitted.regressor, x, y, names, title=f"Densities of {' and '.join(names)}", labels=labels, facts=facts,
+                total=total, images=images, seed=seed, progress=progress,
+            )  # fmt: skip
     with _Progress("Drawing", "figures", page.num_figures, quiet) as progress:
         reports.write(page, output, progress=progress)
     if not quiet:
@@ -833,7 +997,8 @@ def info(model: Model, as_json: Json = False) -> None:
         "model": str(_model_path(model)),
         "targets": facts.get("targets"),
         "target_kind": regressor.target if isinstance(regressor.target, (str, list, tuple)) else repr(regressor.target),
-        "columns": {name: kinds[name] for name in fitted.columns or []} or regressor.n_features_in_,
+        "columns": {name: fitted.shown_kind or kinds[name] for name in fitted.columns or []}
+        or regressor.n_features_in_,
         "rows": facts.get("rows"),
         "data": facts.get("data"),
         **_about_training(regressor),

@@ -48,6 +48,8 @@ JOINT_SAMPLES = 128
 """Draws per row for the scores of several outputs together."""
 RIDGE = 1e-3
 """Penalty of the linear forecast, as a share of the variance of its inputs: it decides among collinear columns only."""
+DIRECTIONS, ROWS_PER_DIRECTION = 32, 10
+"""So many columns are taken as they are; of more, as many principal directions as there are rows for."""
 
 Array = NDArray[np.float64]
 
@@ -334,7 +336,8 @@ class LinearForecast:
 
     Positive targets are linear in their logarithm, bounded ones in their logit. An angle's mean direction is that of
     two linear functions, for its cosine and its sine, and its noise is a Gaussian wrapped around the circle. Several
-    outputs have a joint Gaussian. Categories count by themselves (one-hot).
+    outputs have a joint Gaussian. Categories count by themselves (one-hot). Of more columns
+    than the rows can tell apart, as of a network's features, the directions in which these differ most are taken.
 
     Args:
         regressor: The estimator, fitted; its inputs and target space are taken, nothing of its network.
@@ -348,6 +351,11 @@ class LinearForecast:
         x, z = self._design(table), self._to_model(y)
         self.centre = x.mean(0)
         x = x - self.centre
+        most = max(len(x) // ROWS_PER_DIRECTION, DIRECTIONS)
+        self.directions: Array | None = None
+        if x.shape[1] > most:
+            self.directions = np.linalg.eigh(x.T @ x)[1][:, -most:]
+            x = x @ self.directions
         parts = np.concatenate([np.where(self.circles, np.cos(z), z), np.sin(z[:, self.circles])], 1)
         self.middle = parts.mean(0)
         gram = x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])
@@ -359,9 +367,8 @@ class LinearForecast:
         self.scale = np.sqrt(np.diag(self.covariance))
 
     def _design(self, table: Any) -> Array:
-        preprocessor = self.regressor.preprocessor_
-        x = preprocessor.transform(table).astype(np.float64)
-        sizes = preprocessor.cardinalities_
+        x = self.regressor._inputs(table).astype(np.float64)
+        sizes = self.regressor.preprocessor_.cardinalities_
         numbers = x.shape[1] - len(sizes)
         codes = x[:, numbers:].astype(int)
         columns = [codes[:, [i]] == np.arange(size) for i, size in enumerate(sizes)]
@@ -379,7 +386,8 @@ class LinearForecast:
 
     def location(self, table: Any) -> Array:
         """The linear function of each row, in the target space, shape (B, D)."""
-        parts = (self._design(table) - self.centre) @ self.weights + self.middle
+        x = self._design(table) - self.centre
+        parts = (x if self.directions is None else x @ self.directions) @ self.weights + self.middle
         location, count = parts[:, : len(self.circles)], len(self.circles)
         location[:, self.circles] = np.arctan2(parts[:, count:], location[:, self.circles])
         return location

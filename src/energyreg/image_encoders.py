@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class ImageEncoder(nn.Module):
             "pretrained" for what timm or torchvision download. Of a file all must fit but for the classifier.
         trainable: What is trained: "none", "all", or the last n stages of the network. Stages are those of timm's
             layer groups; of other networks their children. What is not trained stays in evaluation mode, so that
-            statistics of batch normalisation do not move, and there is no dropout.
+            statistics of batch normalisation do not move, and there is no dropout. A batch of a single image, which has
+            no statistics of its own, is normalised by the running ones.
         image_size: Height and width of the images, in pixels, where all others are to be refused; None for any size,
             or for the network's own where it takes no other.
         mean: Mean of the three colours, from 0 to 1, that is subtracted; by default the one that belongs to the
@@ -193,7 +195,9 @@ class ImageEncoder(nn.Module):
                 )
         dtype = self._shift.dtype
         whole = images.to(dtype) / (1.0 if images.is_floating_point() else 255.0)
-        features = self.network((whole - self._shift) / self._scale)
+        alone = self.training and len(images) == 1
+        with _running_statistics(self.network) if alone else contextlib.nullcontext():
+            features = self.network((whole - self._shift) / self._scale)
         if not isinstance(features, Tensor) or features.shape != (len(images), self.num_features):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(
@@ -232,6 +236,23 @@ def _train_what_is_free(module: nn.Module) -> None:
     elif any(parameters):
         for child in module.children():
             _train_what_is_free(child)
+
+
+@contextlib.contextmanager
+def _running_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch normalisation as in evaluation: of a single image PyTorch takes no statistics, or those of its pixels."""
+    layers = [
+        layer for layer in network.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+        and layer.training and layer.track_running_stats
+    ]  # fmt: skip
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 # ---------------------------------------------------------------------------------------------- networks

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import nn
@@ -21,7 +21,7 @@ from energyreg.model import EnergyRegressionModel
 from energyreg.tables import column_names, read_targets
 from energyreg.training import History, fit
 
-__all__ = ["ImageRegressor"]
+__all__ = ["ImageRegressor", "load_estimator"]
 
 FINE_TUNING_EPOCHS = 10
 """Epochs of the fine-tuning where `fine_tune` is True."""
@@ -344,16 +344,16 @@ class ImageRegressor(EnergyRegressor):
         self.encoder_ = encoder.eval()
 
     def _extract(self, files: ImageFiles) -> np.ndarray:
-        keys = tuple(_file_key(path) for path in files.paths)
+        keys = [_file_key(path) for path in files.paths]
         known = getattr(self, "_recent", None)
-        if known is not None and known[0] is self.encoder_ and known[1] == keys:
-            return known[2]
+        if known is not None and known[0] is self.encoder_ and all(key in known[1] for key in keys):
+            return known[2][[known[1][key] for key in keys]]
         features = extract_features(
             self.encoder_, files, self.image_batch_size, workers=self.workers, device=self._device(), cache=self.cache,
             progress=bool(self.verbose),
         )  # fmt: skip
         if not files.failed:  # a prediction for a broken file is an error
-            self._recent = self.encoder_, keys, features
+            self._recent = self.encoder_, {key: row for row, key in enumerate(keys)}, features
         return features
 
     def _new_model(self, *arguments: Any) -> EnergyRegressionModel | EnergyChain:
@@ -407,10 +407,32 @@ class ImageRegressor(EnergyRegressor):
             raise checkpoint.CheckpointError(
                 f"Cannot load {os.fspath(path)!r}: it is an EnergyRegressor, for tables; read it by its load()."
             )
-        self = cls._from_stored(model, state)
+        return cls._from_stored(model, state)
+
+    @classmethod
+    def _from_stored(cls, model: Any, state: dict[str, Any]) -> Self:
+        self = super()._from_stored(model, state)
         self.encoder_, self.skipped_ = state["encoder"], state["skipped"]
         self.fine_tuning_ = None
         return self
+
+
+def load_estimator(path: str | os.PathLike[str]) -> tuple[EnergyRegressor, dict[str, Any]]:
+    """Read an estimator of tables or of images, whichever a file holds.
+
+    Args:
+        path: File to read, with or without its suffix.
+
+    Returns:
+        The estimator, and all else that the file holds, as :func:`energyreg.checkpoint.load_estimator` returns it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        energyreg.checkpoint.CheckpointError: If the file is damaged, or no estimator's.
+    """
+    model, state = checkpoint.load_estimator(path)
+    kind = ImageRegressor if isinstance(state.get("encoder"), ImageEncoder) else EnergyRegressor
+    return kind._from_stored(model, state), state
 
 
 def _of_features(encoder: Any) -> VectorEncoder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import logging
 import os
 import time
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ImageFileError", "ImageFiles", "ImageLoader", "ImageMemoryError", "ImageWorkerError", "explain_memory",
-    "extract_features", "image_loader", "image_paths", "read_rgb",
+    "extract_features", "image_loader", "image_paths", "read_rgb", "thumbnail",
 ]  # fmt: skip
 
 LOGGER = logging.getLogger("energyreg")
@@ -45,6 +46,8 @@ BACKGROUND = (255, 255, 255)
 """Colour behind what is transparent: white, as on a page."""
 DRAFT = 2
 """A large JPEG is decoded at a fraction of its size, but at least so many times the size that is wanted."""
+THUMBNAIL_QUALITY = 80
+"""JPEG quality of small copies: about 4 kB at 128 pixels."""
 SHARD = 512
 """Images whose features are in one file of the cache: what a kill costs at most."""
 CACHE_FORMAT = "energyreg-features"
@@ -93,6 +96,43 @@ def read_rgb(path: str | os.PathLike[str], size: int, resize: str = "squash") ->
         ImageFileError: If the file is no image, is damaged, or has values without a known range.
         ImportError: If Pillow is not installed.
     """
+    picture = _decode(path, size)
+    width, height = picture.size
+    box = (0.0, 0.0, float(width), float(height))
+    if resize == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    from PIL.Image import Resampling
+
+    # A filter that widens as the image shrinks, so that fine patterns do not turn into coarse ones.
+    pixels = np.array(picture.resize((size, size), Resampling.BICUBIC, box=box))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def thumbnail(path: str | os.PathLike[str], size: int = 128) -> bytes:
+    """A small copy of an image with its proportions.
+
+    Args:
+        path: The file, of any kind that :func:`read_rgb` reads.
+        size: Width or height of the copy in pixels, whichever is larger; a smaller image keeps its size.
+
+    Returns:
+        A JPEG file.
+
+    Raises:
+        ImageFileError: As :func:`read_rgb`.
+        ImportError: If Pillow is not installed.
+    """
+    picture = _decode(path, size)
+    picture.thumbnail((size, size))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
+    return buffer.getvalue()
+
+
+def _decode(path: str | os.PathLike[str], size: int) -> Image:
+    """An image as RGB; a large JPEG at a fraction of its size, not below `DRAFT` times the size that is wanted."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -104,15 +144,7 @@ def read_rgb(path: str | os.PathLike[str], size: int, resize: str = "squash") ->
             warnings.simplefilter("ignore")  # of metadata that nobody here looks at
             with Image.open(path) as image:
                 image.draft("RGB", (DRAFT * size, DRAFT * size))
-                picture = _as_rgb(image)
-        width, height = picture.size
-        box = (0.0, 0.0, float(width), float(height))
-        if resize == "crop":
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
-        # A filter that widens as the image shrinks, so that fine patterns do not turn into coarse ones.
-        pixels = np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+                return _as_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error
@@ -123,7 +155,6 @@ def read_rgb(path: str | os.PathLike[str], size: int, resize: str = "squash") ->
             f"{os.fspath(path)} cannot be read as an image: {reason[0].rstrip('.') if reason else repr(error)}. "
             'Replace or remove it, or pass on_error="skip".'
         ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _as_rgb(image: Image) -> Image:

@@ -8,6 +8,7 @@ follow the reader's light or dark setting, fit a phone, and print.
 
 from __future__ import annotations
 
+import base64
 import io
 import keyword
 import math
@@ -211,12 +212,16 @@ class Drawing:
         alternative: What it shows, in words.
         title: Short heading.
         caption: A sentence below it.
+        photo: A JPEG file, small, that stands above the figure; none where it is empty.
+        photo_alternative: What that one shows, in words.
     """
 
     draw: Callable[[], Figure]
     alternative: str
     title: str = ""
     caption: str = ""
+    photo: bytes = b""
+    photo_alternative: str = ""
 
 
 @dataclass(frozen=True)
@@ -340,7 +345,11 @@ def render(report: Report | SectionedReport, *, progress: Callable[[int], None] 
     if isinstance(report, SectionedReport):
 
         def picture(drawing: Drawing, name: str) -> _Picture:
-            drawn = _Picture(_svg(drawing.draw, drawing.alternative, name), drawing.caption, drawing.title)
+            photo = base64.b64encode(drawing.photo).decode()
+            drawn = _Picture(
+                _svg(drawing.draw, drawing.alternative, name), drawing.caption, drawing.title,
+                f"data:image/jpeg;base64,{photo}" if photo else "", drawing.photo_alternative,
+            )  # fmt: skip
             progress(1)
             return drawn
 
@@ -401,11 +410,13 @@ def write(
 
 @dataclass(frozen=True)
 class _Picture:
-    """A figure in the page: its SVG, which carries its alternative text."""
+    """A figure in the page: its SVG, which carries its alternative text, and the address of a photo beside it."""
 
     svg: Any
     caption: str = ""
     title: str = ""
+    photo: str = ""
+    photo_alternative: str = ""
 
 
 def _table_row(model: ModelResult, report: Report) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from energyreg.evaluation import (
     evaluate_linear,
     permutation_importance,
 )
+from energyreg.images import thumbnail
 from energyreg.predictive import Modes
 from energyreg.report import Drawing, Gallery, GalleryItem, Section, SectionedReport, Table
 
@@ -42,6 +44,10 @@ IMPORTANCE_ROWS = 2_000
 MODE_ROWS = 2_000
 JOINT_ROWS, JOINT_MODE_ROWS, STARTS = 1_000, 100, 64
 """Rows whose joint density of several outputs is looked at by draws; by ascent, which costs more; and its starts."""
+IMAGE_STEPS = 4
+"""Steps of a report whatever the columns."""
+SHOWN_IMAGES, THUMBNAIL = 6, 128
+"""Images of each kind that are shown first, and their largest side in pixels."""
 GRID = 4_001
 SPREAD, SURPRISING, SEVERAL = 12, 12, 10
 """Rows of the gallery: evenly spread by certainty, most surprising, with several modes."""
@@ -73,6 +79,7 @@ class _Rows:
     importances: Mapping[str, tuple[float, float]]
     total: int
     seed: int
+    images: Sequence[str] | None = None
 
     @property
     def one(self) -> bool:
@@ -131,6 +138,7 @@ def describe(
     labels: Sequence[str] | None = None,
     facts: Mapping[str, str] | None = None,
     total: int | None = None,
+    images: Sequence[str] | None = None,
     seed: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> SectionedReport:
@@ -145,15 +153,20 @@ def describe(
         labels: What each row is called; their positions, from 1, by default.
         facts: Term → fact about model and data.
         total: How many rows these were chosen from; B by default.
+        images: Files of the rows' images, B of them, where the estimator is one of images: the page shows them, and
+            leaves out what is of use for columns only.
         seed: Seed of the bootstrap, the shuffling, the split for the linear baseline, and of draws.
-        progress: Called with 1 after each of `number_of_steps(table)` steps.
+        progress: Called with 1 after each of `number_of_steps(table)` steps; for images, of `IMAGE_STEPS`.
 
     Returns:
         The page, for :func:`energyreg.report.write`.
 
     Raises:
-        ValueError: If the table does not fit the estimator.
+        ValueError: If the table does not fit the estimator, or there is not an image for each row.
+        energyreg.images.ImageFileError: If an image cannot be read.
     """
+    if images is not None and len(images) != len(table):
+        raise ValueError(f"images has {len(images)} files, but table has {len(table)} rows; expected one for each.")
     table = table.reset_index(drop=True)
     size = 4_096
     chunks = ((table.iloc[i : i + size], y[i : i + size]) for i in range(0, len(table), size))
@@ -166,10 +179,12 @@ def describe(
         joint = {name: part for name, part in zip((MODEL, MARGINAL, LINEAR), found, strict=True) if part is not None}
     progress(1)
     some = slice(0, IMPORTANCE_ROWS if len(targets) == 1 else JOINT_ROWS)
-    importances = permutation_importance(regressor, table.iloc[some], y[some], seed=seed, progress=progress)
+    importances = {}
+    if images is None:
+        importances = permutation_importance(regressor, table.iloc[some], y[some], seed=seed, progress=progress)
     numbers = list(labels or [str(i + 1) for i in range(len(table))])
     rows = _Rows(
-        regressor, table, y, numbers, targets, scores, linear, joint, importances, total or len(table), seed
+        regressor, table, y, numbers, targets, scores, linear, joint, importances, total or len(table), seed, images
     )  # fmt: skip
     modes = _modes(rows, min(len(y), MODE_ROWS if rows.one else JOINT_MODE_ROWS))
     progress(1)
@@ -178,7 +193,8 @@ def describe(
     chosen, gallery, keys = _densities(rows, modes, several)
     sections = [
         _data(rows), _scores(rows), _calibration(rows), _sharpness(rows), _groups(rows), chosen, gallery,
-        _surprises(rows, keys), _several_modes(rows, modes, several, keys), _importance(rows), _partition(rows),
+        _surprises(rows, keys), _several_modes(rows, modes, several, keys),
+        *([_importance(rows)] if images is None else []), _partition(rows),
         Section("setup", "Model and run", facts=dict(facts or {}), short="Setup"),
     ]  # fmt: skip
     progress(1)
@@ -187,7 +203,7 @@ def describe(
 
 def number_of_steps(table: DataFrame) -> int:
     """How many steps `describe` takes for a table."""
-    return 4 + table.shape[1]
+    return IMAGE_STEPS + table.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -323,9 +339,10 @@ def _scores(rows: _Rows) -> Section:
         + (" On a circle, distances go the shorter way." if any(map(rows.circle, range(len(rows.targets)))) else ""),
         "Marginal": "The constant forecast: the distribution of the training targets, the same for every row"
         + ("." if rows.one else ", with independent outputs."),
-        "Linear": "A Gaussian of constant width around a linear function of the inputs (categories one-hot), in the "
-        "target space of the model: positive targets are linear in their logarithm, bounded ones in their logit, "
-        "angles in the direction. It was fitted to these rows, each predicted from the other folds of five.",
+        "Linear": "A Gaussian of constant width around a linear function of "
+        + ("the inputs (categories one-hot)" if rows.images is None else "the network's features")
+        + ", in the target space of the model: positive targets are linear in their logarithm, bounded ones in their "
+        "logit, angles in the direction. It was fitted to these rows, each predicted from the other folds of five.",
         "Model − other": "Negative is better for the model in all scores but the coverage. An interval without zero is "
         "a difference that chance does not explain.",
     }
@@ -531,13 +548,19 @@ def _densities(rows: _Rows, modes: Modes, several: Sequence[int]) -> tuple[Secti
     """The sections of chosen rows and of the gallery, and row → its id in the page."""
     order = np.argsort(rows.width, kind="stable")
     last = len(order) - 1
-    chosen = {
-        int(order[round(0.01 * last)]): ("Certain", "The model is less certain of 99% of the rows."),
-        int(order[round(0.5 * last)]): ("Typical", "The model is less certain of half of the rows."),
-        int(order[round(0.99 * last)]): ("Uncertain", "The model is more certain of 99% of the rows."),
-    }
-    for rank, row in enumerate(rows.surprising[:3]):
-        note = "Among the rows with the least density at the observed value."
+    chosen: dict[int, tuple[str, str]] = {}
+    if rows.images is None:
+        for share, name, what in (
+            (0.01, "Certain", "less certain of 99%"), (0.5, "Typical", "less certain of half"),
+            (0.99, "Uncertain", "more certain of 99%"),
+        ):  # fmt: skip
+            chosen[int(order[round(share * last)])] = name, f"The model is {what} of the rows."
+    else:
+        for name, ranked in (("Most certain", order[:SHOWN_IMAGES]), ("Least certain", order[::-1][:SHOWN_IMAGES])):
+            for rank, row in enumerate(ranked.tolist()):
+                chosen.setdefault(row, (f"{name}, {rank + 1}", ""))
+    for rank, row in enumerate(rows.surprising[: 3 if rows.images is None else SHOWN_IMAGES]):
+        note = "" if rows.images is not None else "Among the rows with the least density at the observed value."
         chosen.setdefault(row, (f"Surprise {rank + 1}", note))
     for row in several[:3]:
         chosen.setdefault(row, ("Several modes", f"{len(modes.values[row])} modes."))
@@ -565,8 +588,15 @@ def _densities(rows: _Rows, modes: Modes, several: Sequence[int]) -> tuple[Secti
     if rows.circle(0) and rows.one:
         kind += " The axis is a whole turn: its ends are the same point, opposite the mean."
     drawings = [_density(rows, row, f"{title}: row {rows.numbers[row]}", note) for row, (title, note) in chosen.items()]
+    title = "Densities of chosen rows"
+    if rows.images is not None:
+        title = "Images and their densities"
+        kind = (
+            "The images that the model is most certain of, those that it is least certain of (by the width of the 90% "
+            f"interval), and the most surprising ones: they got the least density at the observed value. {kind}"
+        )
     return (
-        Section("densities", "Densities of chosen rows", [kind], drawings=drawings, short="Densities"),
+        Section("densities", title, [kind], drawings=drawings, short="Densities"),
         Section(
             "rows", "Row by row",
             [f"{len(items)} rows to look through: from the most certain to the least, the most surprising, and those "
@@ -599,10 +629,25 @@ def _value(value: Any) -> str:
 
 
 def _density(rows: _Rows, row: int, title: str, note: str) -> Drawing:
+    """The density of a row, below its image where it has one."""
+    drawing = (_one_density if rows.one else _joint_density)(rows, row, title, note)
+    if rows.images is None:
+        return drawing
+    name = Path(rows.images[row]).name
+    ends = rows.regressor.predict_interval(rows.table.iloc[row : row + 1], LEVEL)[0].reshape(-1, 2)
+    parts = "; ".join(
+        f"{target} observed {rows.place(rows.y[row, d], d)}, 90% interval {rows.place(low, d)} to {rows.place(high, d)}"
+        for d, (target, (low, high)) in enumerate(zip(rows.targets, ends, strict=True))
+    )
+    return replace(
+        drawing, caption=". ".join(filter(None, [name, drawing.caption])), photo=thumbnail(rows.images[row], THUMBNAIL),
+        photo_alternative=f"{name}: {parts}",
+    )  # fmt: skip
+
+
+def _one_density(rows: _Rows, row: int, title: str, note: str) -> Drawing:
     one_row = rows.table.iloc[row : row + 1]
     number = rows.numbers[row]
-    if not rows.one:
-        return _joint_density(rows, row, title, note)
     observed, target = float(rows.y[row, 0]), rows.targets[0]
     begin = f"Predicted density of {target} for row {number}."
     if rows.kind(0) == "count":
@@ -842,7 +887,7 @@ def _data(rows: _Rows) -> Section:
 
     lines = []
     targets = pandas.DataFrame({name: rows.y[:, d] for d, name in enumerate(rows.targets)})
-    for what, frame in (("target", targets), ("input", rows.table)):
+    for what, frame in (("target", targets), *([("input", rows.table)] if rows.images is None else [])):
         for name in frame.columns:
             series = frame[name]
             missing = f"{series.isna().mean():.1%}" if series.isna().any() else "none"
@@ -860,6 +905,10 @@ def _data(rows: _Rows) -> Section:
             else:
                 values = "nothing"
             lines.append([str(name), what, {"text": missing, "sort": float(series.isna().mean())}, values])
+    if rows.images is not None:
+        lines.append(
+            [str(rows.table.columns[0]), "image", {"text": "none", "sort": 0.0}, f"{len(rows.images):,} files"]
+        )
     drawings = []
     for d, name in enumerate(rows.targets):
         low, middle, high = (rows.show(float(v)) for v in np.quantile(rows.y[:, d], [0.05, 0.5, 0.95]))
@@ -877,14 +926,14 @@ def _data(rows: _Rows) -> Section:
     bounds = [
         f"{what} from the first {limit:,}"
         for what, limit in (
-            ("importances are taken", IMPORTANCE_ROWS if rows.one else JOINT_ROWS),
+            ("importances", IMPORTANCE_ROWS if rows.one else JOINT_ROWS),
             ("modes", MODE_ROWS if rows.one else JOINT_MODE_ROWS),
             ("log Z", MODE_ROWS if rows.one else JOINT_ROWS),
         )
-        if count > limit
+        if count > limit and (what != "importances" or rows.importances)
     ]
     if bounds:
-        text += f" To bound the time, {', '.join(bounds)} of them."
+        text += f" What takes long is found from fewer: {', '.join(bounds)} rows."
     headings = ["Column", "Part", "Missing", "Values"]
     table = Table("Columns of the table", headings, lines, sortable=len(lines) > 2, words=(1, 3))
     return Section("data", "Data", [text], [table], drawings=drawings)

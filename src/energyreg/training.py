@@ -1611,6 +1611,11 @@ class _Training:
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = value
         self.raw_optimizer.load_state_dict({"state": entries, "param_groups": state["groups"]})
+        # A file knows no memory format, and the fused kernel goes through weights and moments in the order of memory.
+        for parameter, moments in self.raw_optimizer.state.items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.scheduler.load_state_dict(state["scheduler"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
 

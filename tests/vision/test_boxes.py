@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, paired_iou
+from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, paired_iou, variance_voting
 
 
 def _random_boxes(*shape: int, seed: int = 0) -> Tensor:
@@ -209,3 +209,67 @@ def test_no_density_outside_of_the_window() -> None:
     assert (p.log_prob(torch.zeros(2, 4, dtype=torch.float64)) == -math.inf).all()
     with pytest.raises(ValueError, match="window is"):
         BoxDistribution.around(_gaussian, p.space.reference, noise=box_noise(), window=(0.5, 0.0))
+
+
+# Votes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_votes_are_those_of_the_formula_in_a_loop() -> None:
+    boxes, labels, width = _random_boxes(12), torch.tensor([1, 2]).repeat(6), 0.3
+    stddevs = 0.5 + torch.rand(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = boxes.clone()
+    for j in range(12):
+        for border in range(4):
+            above = below = 0.0
+            for i in range(12):
+                iou = float(paired_iou(boxes[i], boxes[j]))
+                if iou > 0 and labels[i] == labels[j]:
+                    weight = math.exp(-((1 - iou) ** 2) / width) / float(stddevs[i, border]) ** 2
+                    above, below = above + weight * float(boxes[i, border]), below + weight
+            expected[j, border] = above / below
+    voted = variance_voting(boxes, stddevs, labels, width)
+    torch.testing.assert_close(voted, expected)
+    assert (voted - boxes).abs().max() > 1
+
+
+def test_a_border_that_is_not_known_moves_to_where_a_close_neighbour_sees_it() -> None:
+    boxes = torch.tensor([[0.0, 0, 100, 100], [10.0, 0, 100, 100], [60.0, 0, 160, 100]])
+    stddevs = torch.tensor([[8.0, 1, 1, 1], [1.0, 1, 1, 1], [1.0, 1, 1, 1]])
+    voted = variance_voting(boxes, stddevs, torch.ones(3), 0.02)
+    share = math.exp(-0.5)  # IoU = 0.9
+    left = (10 * share) / (1 / 64 + share)
+    torch.testing.assert_close(voted[0], torch.tensor([left, 0, 100, 100]), rtol=1e-5, atol=1e-4)
+    assert abs(float(voted[1, 0]) - 10) < 0.3  # it knows better
+    torch.testing.assert_close(voted[2], boxes[2], rtol=0, atol=1e-3)  # IoU = 0.25 and 0.27: hardly heard
+
+
+def test_who_has_nobody_to_listen_to_stays_to_the_last_bit() -> None:
+    """Another class, another place, no area; a deviation that is no number neither moves a box nor is it heard."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.tensor([[0.0], [0.0], [40.0], [7.0]])
+    boxes = torch.cat([place, place, place + 30, place + 30], 1) + torch.rand(4, 4, generator=generator)
+    boxes[3, 2] = boxes[3, 0]
+    labels, stddevs = torch.tensor([1, 2, 1, 1]), torch.rand(4, 4, generator=generator)
+    assert torch.equal(variance_voting(boxes, stddevs, labels, 10.0), boxes)
+    beside = torch.cat([boxes[:1], boxes[:1] + 1])
+    unknown = torch.tensor([[1.0], [math.nan]]).expand(2, 4)
+    voted = variance_voting(beside, unknown, torch.ones(2), 1.0)
+    torch.testing.assert_close(voted, beside[:1].expand(2, 4))  # the unknown one listens, and is not heard
+    alone = variance_voting(boxes[:1], torch.full((1, 4), math.nan), labels[:1], 1.0)
+    assert torch.equal(alone, boxes[:1])
+    assert variance_voting(boxes[:0], stddevs[:0], labels[:0], 1.0).shape == (0, 4)
+
+
+def test_a_deviation_of_zero_decides_and_divides_nothing_by_zero() -> None:
+    boxes = torch.tensor([[0.0, 0, 100, 100], [4.0, 0, 100, 100]])
+    stddevs = torch.tensor([[0.0, 1, 1, 1], [1.0, 1, 1, 1]])
+    voted = variance_voting(boxes, stddevs, torch.ones(2), 0.02)
+    torch.testing.assert_close(voted, boxes[:1].expand(2, 4), rtol=0, atol=1e-4)
+
+
+def test_borders_do_not_cross() -> None:
+    """Of the middle box, the left neighbour knows the right border only, and the right one the left border."""
+    boxes = torch.tensor([[-10.0, 0, 4.2, 10], [4.0, 0, 6, 10], [5.8, 0, 20, 10]])
+    stddevs = torch.tensor([[9.0, 1, 0.01, 1], [9.0, 1, 9, 1], [0.01, 1, 9, 1]])
+    voted = variance_voting(boxes, stddevs, torch.ones(3), 1e6)
+    assert torch.equal(voted[1], boxes[1])

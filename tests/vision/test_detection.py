@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import energyreg as er
-from energyreg import objectives
+from energyreg import checkpoint, objectives
+from energyreg.checkpoint import CheckpointError
 from energyreg.objectives import NCE
-from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, paired_iou
+from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, paired_iou, variance_voting
 from energyreg.vision.detection import (
     BoxBatch,
     BoxCollate,
@@ -25,6 +27,8 @@ from energyreg.vision.detection import (
     Inference,
     WithDetectorLoss,
     add_energy_head,
+    load_head,
+    save_head,
 )
 
 pytest.importorskip("torchvision")
@@ -237,14 +241,20 @@ class Fixed(nn.Module):
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         self.backbone(self.transform(images)[0].tensors)
-        ones = torch.ones(len(self.boxes))
-        return [{"boxes": self.boxes.clone(), "labels": ones.long(), "scores": ones} for _ in images]
+        count = len(self.boxes)
+        entries = {"labels": torch.ones(count).long(), "scores": torch.linspace(1, 0.5, count)}
+        return [{"boxes": self.boxes.clone(), **entries} for _ in images]
+
+
+def _fixed(boxes: list[list[float]]) -> EnergyDetector:
+    model = add_energy_head(Fixed(boxes).eval(), num_classes=2, width=24)
+    nn.init.normal_(model.head.output.weight)
+    return model
 
 
 def test_boxes_without_area_stay_and_harm_no_other() -> None:
     good = [8.0, 8.0, 30.0, 40.0]
-    model = add_energy_head(Fixed([good, [64.0, 5.0, 64.0, 20.0]]).eval(), num_classes=2, width=24)
-    nn.init.normal_(model.head.output.weight)
+    model = _fixed([good, [64.0, 5.0, 64.0, 20.0]])
     inference = Inference(num_samples=16, iou_thresholds=(0.5,))
     (found,) = model.detect([_scene(0)[0]], inference)
     assert torch.equal(found["boxes"][1], found["detector_boxes"][1])
@@ -252,6 +262,73 @@ def test_boxes_without_area_stay_and_harm_no_other() -> None:
     (alone,) = model.detect([_scene(0)[0]], inference)
     for name in ("boxes", "energies", "box_stddevs"):
         torch.testing.assert_close(found[name][:1], alone[name])
+
+
+CLOSE = [[8.0, 8.0, 40.0, 40.0], [9.0, 8.0, 40.0, 42.0], [30.0, 30.0, 60.0, 62.0]]
+"""Two boxes of one object, and one of another."""
+
+
+def test_suppression_keeps_the_best_of_boxes_that_overlap() -> None:
+    model = _fixed(CLOSE)
+    (every,) = model.detect([_scene(0)[0]], Inference(num_steps=0, num_samples=16))
+    (kept,) = model.detect([_scene(0)[0]], Inference(num_steps=0, num_samples=16, nms=0.5))
+    assert kept.keys() == every.keys()
+    for name in every:
+        assert torch.equal(kept[name], every[name][[0, 2]])
+    (alone,) = model.detect([_scene(0)[0]], Inference(num_steps=0, nms=0.5))
+    assert alone["boxes"].tolist() == [CLOSE[0], CLOSE[2]]
+
+
+def test_what_the_detector_has_suppressed_itself_needs_no_suppression() -> None:
+    images = [_scene(0)[0], _scene(1, (48, 80))[0]]
+    with torch.no_grad():
+        bare = _detector("MaskRCNN")(images)
+    found = _model("MaskRCNN", inference=Inference(num_steps=0, nms=0.5))(images)
+    for mine, theirs in zip(found, bare, strict=True):
+        assert len(theirs["boxes"]) and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_rescoring_decides_whom_suppression_keeps() -> None:
+    """The second box has the lower score and the higher expected overlap, by a factor that turns the order around."""
+    model = _fixed(CLOSE)
+    (every,) = model.detect([_scene(0)[0]], Inference(num_steps=0, num_samples=64, rescore=True))
+    (kept,) = model.detect([_scene(0)[0]], Inference(num_steps=0, num_samples=64, rescore=True, nms=0.5))
+    best = every["scores"].argmax()
+    assert torch.equal(kept["boxes"][0], every["boxes"][best])
+    overlap = paired_iou(every["boxes"], every["boxes"][best])
+    assert torch.equal(kept["boxes"], every["boxes"][(overlap <= 0.5) | (overlap == 1)])
+
+
+def test_votes_move_boxes_image_by_image_and_probabilities_are_of_the_moved_ones() -> None:
+    model, images = _fixed(CLOSE), [_scene(0)[0], _scene(1)[0]]
+    plain = Inference(num_steps=0, num_samples=64, iou_thresholds=(0.9,))
+    apart = model.detect(images, plain)
+    together = model.detect(images, replace(plain, voting=0.05))
+    for before, after in zip(apart, together, strict=True):
+        expected = variance_voting(before["boxes"], before["box_stddevs"], before["labels"], 0.05)
+        assert torch.equal(after["boxes"], expected) and torch.equal(after["detector_boxes"], before["boxes"])
+        assert (expected[:2] - before["boxes"][:2]).abs().max() > 0.1
+        assert torch.equal(after["box_stddevs"], before["box_stddevs"])
+        assert not torch.equal(after["iou_probabilities"], before["iou_probabilities"])
+    assert not torch.equal(together[0]["boxes"], together[1]["boxes"])  # their densities differ
+    refined = model.detect(images, Inference(num_samples=64, voting=0.05, nms=0.5))
+    assert all(len(each["boxes"]) == 2 and torch.equal(each["detector_boxes"], torch.tensor(CLOSE)[[0, 2]])
+               for each in refined)  # fmt: skip
+
+
+def test_after_suppression_no_two_boxes_of_a_class_overlap_by_more() -> None:
+    model, images = _model(steep=2.0), [_scene(seed)[0] for seed in range(3)]
+    model.detector.roi_heads.nms_thresh, model.detector.roi_heads.detections_per_img = 0.9, 30
+    inference = Inference(num_samples=16, rescore=True, voting=0.1)
+    counts = []
+    for nms in (None, 0.3):
+        found = model.detect(images, replace(inference, nms=nms))
+        counts.append(sum(len(each["boxes"]) for each in found))
+    assert 0 < counts[1] < counts[0]
+    for each in found:
+        iou = paired_iou(each["boxes"][:, None], each["boxes"])
+        iou = iou * (each["labels"][:, None] == each["labels"]) * (1 - torch.eye(len(iou)))
+        assert iou.max() <= 0.3 and (each["scores"].diff() <= 0).all()
 
 
 # The energy function --------------------------------------------------------------------------------------------------
@@ -496,6 +573,100 @@ def test_state_dict_round_trip() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model([image])[0].values(), other([image])[0].values(), strict=True))
 
 
+def _equal(some: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> bool:
+    return all(
+        mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        for mine, theirs in zip(some, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("class_specific", [True, False])
+def test_a_saved_head_returns_on_the_users_own_detector(class_specific: bool, tmp_path: Path) -> None:
+    inference = Inference(
+        3, (1e-3, 2e-3), 0.7, 16, 2, (0.5, 0.75), True, box_noise((0.1,), (0.2,), antithetic=True), 0.05, 0.6
+    )
+    model = _model(steep=2.0, inference=inference, class_specific=class_specific, pool_size=3)
+    path = save_head(model, tmp_path / "folder" / "head")
+    assert path == tmp_path / "folder" / "head.safetensors"
+    detector = _detector("FasterRCNN")
+    random = torch.random.get_rng_state()
+    back = load_head(detector, tmp_path / "folder" / "head")
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert back.detector is detector and back.inference == inference
+    image = _scene(0)[0]
+    found = model([image])
+    assert len(found[0]["boxes"]) and _equal(back([image]), found)
+
+
+def test_a_head_of_a_detector_that_does_not_say_its_classes(tmp_path: Path) -> None:
+    model, image = _fixed(CLOSE), _scene(0)[0]
+    back = load_head(Fixed(CLOSE).eval(), save_head(model, tmp_path / "head"))
+    assert back.num_classes == 2 and _equal(back([image]), model([image]))
+
+
+def _other_detector(kind: str) -> nn.Module:
+    """A detector that differs in one respect."""
+    if kind == "classes":
+        detector = _detector("FasterRCNN")
+        detector.roi_heads.box_predictor = FastRCNNPredictor(24, 5)
+        return detector
+    backbone = Backbone()
+    if kind == "nodes per pixel":
+        backbone.stem[0] = nn.Conv2d(3, CHANNELS, 5, 2, 2)
+    if kind == "channels":
+
+        class Wide(Backbone):
+            def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+                return OrderedDict((name, torch.cat([m, m], 1)) for name, m in super().forward(images).items())
+
+        backbone = Wide()
+    detector = _detector("FasterRCNN", backbone=backbone)
+    if kind == "feature maps":
+        detector.roi_heads.box_roi_pool.featmap_names = ["0", "1"]
+    return detector
+
+
+@pytest.mark.parametrize("kind", ["classes", "channels", "nodes per pixel", "feature maps"])
+def test_a_head_is_not_put_on_a_detector_of_another_make(kind: str, tmp_path: Path) -> None:
+    path = save_head(_model(), tmp_path / "head")
+    with pytest.raises(CheckpointError, match=f"head.safetensors.*with {kind} = .*, but this detector has {kind} = "):
+        load_head(_other_detector(kind), path)
+
+
+def test_a_head_warns_of_a_detector_with_other_weights(tmp_path: Path) -> None:
+    path = save_head(_model(), tmp_path / "head")
+    with pytest.warns(UserWarning, match="other weights of the detector's backbone"):
+        load_head(_detector("FasterRCNN", seed=1), path)
+
+
+def test_files_that_are_no_heads_are_refused(tmp_path: Path) -> None:
+    detector = _detector("FasterRCNN")
+    with pytest.raises(FileNotFoundError):
+        load_head(detector, tmp_path / "none")
+    path = save_head(_model(), tmp_path / "head")
+    with pytest.raises(CheckpointError, match=r"head of a detector: read it by energyreg\.vision\.load_head"):
+        er.load(path)
+    checkpoint.save_training_state(tmp_path / "state.safetensors", {}, {})
+    with pytest.raises(CheckpointError, match="training state: continue it"):
+        load_head(detector, tmp_path / "state")
+    checkpoint.save_state(tmp_path / "forged.safetensors", {}, {"detector": {}}, checkpoint.HEAD_FORMAT)
+    with pytest.raises(CheckpointError, match="description cannot be read"):
+        load_head(detector, tmp_path / "forged")
+    tensors, state = checkpoint.load_state(path, checkpoint.HEAD_FORMAT)
+    checkpoint.save_state(path, tensors, state | {"head": state["head"] | {"width": 9}}, checkpoint.HEAD_FORMAT)
+    with pytest.raises(CheckpointError, match="weights are of another head"):
+        load_head(detector, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load_head(detector, path)
+    with pytest.raises(TypeError, match="model is a Linear"):
+        save_head(nn.Linear(1, 1), path)
+    with pytest.raises(TypeError, match="detector is a Linear"):
+        load_head(nn.Linear(1, 1), path)
+
+
 @pytest.mark.slow
 def test_two_processes_train_it() -> None:
     model = _model()
@@ -617,6 +788,8 @@ def test_what_cannot_be_used_is_refused() -> None:
         add_energy_head(_detector("FCOS"), num_classes=5)
     with pytest.raises(ValueError, match="does not say how many classes"):
         add_energy_head(Fixed([[0.0, 0.0, 9.0, 9.0]]))
+    with pytest.raises(ValueError, match="no parameter of the detector requires a gradient"):
+        add_energy_head(_model().detector, freeze=False)
     with pytest.raises(ValueError, match="detector is frozen"):
         model = _model()
         WithDetectorLoss(NCE(NOISE))(*model.condition(*_batch(model)))
@@ -631,6 +804,9 @@ def test_what_cannot_be_used_is_refused() -> None:
         ({"decay": 1.0}, "decay is 1.0"),
         ({"iou_thresholds": (1.0,), "num_samples": 8}, "iou_thresholds is"),
         ({"rescore": True}, "num_samples is 0"),
+        ({"voting": 0.02}, "num_samples is 0"),
+        ({"voting": -0.1, "num_samples": 8}, "voting is -0.1"),
+        ({"nms": 1.5}, "nms is 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             Inference(**arguments)

@@ -5,7 +5,7 @@ and is imported when it is needed.
 """
 
 from energyreg.vision.average_precision import average_precision
-from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, paired_iou
+from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, paired_iou, variance_voting
 from energyreg.vision.data import BoxDataset, BoxRecord
 from energyreg.vision.detection import (
     BoxBatch,
@@ -16,6 +16,8 @@ from energyreg.vision.detection import (
     Inference,
     WithDetectorLoss,
     add_energy_head,
+    load_head,
+    save_head,
 )
 from energyreg.vision.roi_pool import Pyramid, assign_levels, roi_pool
 
@@ -37,6 +39,9 @@ __all__ = [
     "average_precision",
     "box_noise",
     "check_boxes",
+    "load_head",
     "paired_iou",
     "roi_pool",
+    "save_head",
+    "variance_voting",
 ]

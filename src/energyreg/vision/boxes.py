@@ -23,7 +23,7 @@ from torch import Tensor
 from energyreg.noise import GaussianNoise
 from energyreg.points import WeightedPoints, check_count
 
-__all__ = ["BoxDistribution", "BoxSpace", "box_noise", "check_boxes", "paired_iou"]
+__all__ = ["BoxDistribution", "BoxSpace", "box_noise", "check_boxes", "paired_iou", "variance_voting"]
 
 NOISE_SCALES = (0.075, 0.15, 0.3)
 """Scales of the noise by default: those of NCE and NCE+ for object detection (Gustafsson et al., BMVC 2020)."""
@@ -31,6 +31,8 @@ WINDOW = (0.5, 0.7)
 """Where a density over boxes has its support, by default: centres within half a box, sizes within a factor of two."""
 OUTSIDE = 1.0
 """Pixels that an annotated box may reach beyond its image: annotation tools round."""
+SMALLEST_STDDEV = 1e-3
+"""Pixels; a smaller standard deviation counts as this in a vote, so that one of 0 has no infinite weight."""
 
 
 def torchvision() -> ModuleType:
@@ -143,6 +145,46 @@ def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     overlap = (last - first).clamp_min(0).prod(-1)
     union = areas[0] + areas[1] - overlap
     return torch.where(union > 0, overlap / torch.where(union > 0, union, 1.0), 0.0)
+
+
+def variance_voting(boxes: Tensor, stddevs: Tensor, labels: Tensor, width: float) -> Tensor:
+    r"""Move each border of each box to the weighted mean of what the boxes of its class around it say.
+
+    .. math:: x_j' = \frac{\sum_i p_{ij} x_i / \sigma_i^2}{\sum_i p_{ij} / \sigma_i^2}, \qquad
+        p_{ij} = e^{-(1 - \mathrm{IoU}_{ij})^2 / \sigma_t} \text{ where IoU}_{ij} > 0
+
+    So a border that one box does not know moves to where another sees it. Scores do not count, nor does a coordinate
+    whose σ is not finite. A width of 0.02 listens to close neighbours only: p is 0.14 at an IoU of 0.8, 4e-6 at 0.5.
+
+    Args:
+        boxes: Boxes of one image, corners, shape (N, 4).
+        stddevs: Standard deviations σ of their coordinates, shape (N, 4).
+        labels: Their classes, shape (N,).
+        width: σ_t, how far the influence of a box reaches; > 0.
+
+    Returns:
+        Boxes, shape (N, 4). One that overlaps none of its class, or that would lose its area, stays bit-equal.
+
+    Source:
+        He et al., "Bounding box regression with uncertainty for accurate object detection", CVPR 2019 (variance
+        voting), whose suppression goes by the boxes before the vote.
+
+    >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 10.0, 10.0]])
+    >>> stddevs = torch.tensor([[3.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    >>> variance_voting(boxes, stddevs, torch.tensor([1, 1]), 1e6)
+    tensor([[ 0.9000,  0.0000, 10.0000, 10.0000],
+            [ 0.9000,  0.0000, 10.0000, 10.0000]])
+    """
+    iou = paired_iou(boxes[:, None], boxes[None])
+    heard = (iou > 0) & (labels[:, None] == labels[None])
+    share = torch.where(heard, (-(1 - iou).square() / width).exp(), 0.0)
+    share.fill_diagonal_(1.0)  # also where a box without area does not even overlap itself
+    precision = torch.where(stddevs.isfinite(), stddevs.clamp_min(SMALLEST_STDDEV) ** -2, 0.0)
+    weights = share[..., None] * precision
+    # Written as a shift, so that a box by itself stays what it is, to the last bit.
+    voted = boxes + (weights * (boxes[None] - boxes[:, None])).sum(1) / weights.sum(1)
+    # Each border has weights of its own, so that in principle they may cross; NaN compares as False.
+    return torch.where((voted[:, 2:] > voted[:, :2]).all(1, keepdim=True), voted, boxes)
 
 
 def check_boxes(boxes: Tensor, size: tuple[int, int] | None = None, *, image: object = None) -> None:

@@ -14,21 +14,25 @@ objective of :mod:`energyreg.objectives`, and a detected box climbs f from where
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from energyreg.checkpoint import HEAD_FORMAT, CheckpointError, fingerprint, load_state, save_state, with_suffix
 from energyreg.noise import GaussianNoise
 from energyreg.objectives import NCE, Loss
 from energyreg.points import check_count
 from energyreg.refine import refine
-from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, torchvision
+from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, torchvision, variance_voting
 from energyreg.vision.roi_pool import Pyramid, roi_pool
 
 __all__ = [
@@ -40,6 +44,8 @@ __all__ = [
     "Inference",
     "WithDetectorLoss",
     "add_energy_head",
+    "load_head",
+    "save_head",
 ]
 
 POOL_BYTES = 2**28
@@ -330,6 +336,12 @@ class Inference:
         iou_thresholds: Values of IoU with the true box, whose probability of being exceeded is wanted.
         rescore: Whether scores are multiplied by the expected IoU with the true box, and detections sorted anew.
         noise: The importance sampler, around the refined box.
+        voting: Whether borders move to the mean of what overlapping boxes of their class say, weighted by the boxes'
+            variances: σ_t of :func:`~energyreg.vision.boxes.variance_voting`, 0.02 in He et al. (CVPR 2019); 0 for no
+            vote. A detector that keeps few overlapping boxes leaves little to vote on: raise the threshold of its own
+            suppression (`roi_heads.nms_thresh`, or `nms_thresh` of FCOS and RetinaNet), and give `nms`.
+        nms: Suppress, in the end, boxes whose IoU with a box of their class and a higher score exceeds this, after
+            refinement, vote and rescoring; None for no suppression but the detector's own.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -343,6 +355,8 @@ class Inference:
     iou_thresholds: tuple[float, ...] = ()
     rescore: bool = False
     noise: GaussianNoise = field(default_factory=lambda: box_noise(DENSITY_SCALES))
+    voting: float = 0.0
+    nms: float | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -355,10 +369,14 @@ class Inference:
             raise ValueError(f"decay is {self.decay!r}; expected a number in (0, 1).")
         if not all(0 <= threshold < 1 for threshold in self.iou_thresholds):
             raise ValueError(f"iou_thresholds is {self.iou_thresholds!r}; expected numbers in [0, 1).")
-        if not self.num_samples and (self.box_samples or self.iou_thresholds or self.rescore):
+        if not isinstance(self.voting, int | float) or not 0 <= self.voting < math.inf:
+            raise ValueError(f"voting is {self.voting!r}; expected a finite number ≥ 0.")
+        if self.nms is not None and not (isinstance(self.nms, int | float) and 0 <= self.nms <= 1):
+            raise ValueError(f"nms is {self.nms!r}; expected a number in [0, 1], or None.")
+        if not self.num_samples and (self.box_samples or self.iou_thresholds or self.rescore or self.voting):
             raise ValueError(
-                "num_samples is 0, but box_samples, iou_thresholds and rescore need a density; pass num_samples=128 or "
-                "more."
+                "num_samples is 0, but box_samples, iou_thresholds, rescore and voting need a density; pass "
+                "num_samples=128 or more."
             )
 
 
@@ -542,8 +560,8 @@ class EnergyDetector(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Detect objects, let their boxes climb f, and say what is asked about each.
 
-        All boxes of all images climb at once, each with its own step length, and keep their scores and their order.
-        Masks and keypoints stay those that the detector made of its own boxes.
+        All boxes of all images climb at once, each with its own step length, and keep their scores and their order,
+        unless `rescore` or `nms` is on. Masks and keypoints stay those that the detector made of its own boxes.
 
         Args:
             images: Images (C, H, W) in [0, 1], of any sizes.
@@ -554,7 +572,7 @@ class EnergyDetector(nn.Module):
             The detector's dictionary for each image, with "boxes" refined and clipped to the image, and:
 
             - "detector_boxes": the boxes before, (N, 4), unless `num_steps` is 0.
-            - "energies": f of the boxes before clipping, (N,), unless `num_steps` is 0.
+            - "energies": f of the boxes before clipping and vote, (N,), unless `num_steps` is 0.
             - "box_stddevs": standard deviations of the corners' coordinates in pixels, (N, 4), where `num_samples` is
               given; the others below need it, too.
             - "box_effective_samples": how many samples the importance samples are worth, (N,). Few mean that the
@@ -562,6 +580,9 @@ class EnergyDetector(nn.Module):
             - "box_samples": boxes drawn from the density, (N, S, 4).
             - "iou_probabilities": probability that the IoU with the true box exceeds each threshold, (N, T).
             - "detector_scores": the scores before, where `rescore` is on; "scores" are multiplied by "expected_ious".
+
+            After a vote, "boxes" and all that is said of IoU are of the boxes that came out of it, while "box_stddevs"
+            and "box_samples" are of the density around each refined box.
 
         Raises:
             ValueError: The model is in training mode, or an image is none.
@@ -573,7 +594,7 @@ class EnergyDetector(nn.Module):
         with self._watch() as seen:
             detections = self.detector(images)
         counts = [len(detection["boxes"]) for detection in detections]
-        if not inference.num_steps and not inference.num_samples:
+        if not inference.num_steps and not inference.num_samples and inference.nms is None:
             return detections
         boxes = torch.cat([detection["boxes"] for detection in detections])
         labels = torch.cat([detection["labels"] for detection in detections])
@@ -586,6 +607,10 @@ class EnergyDetector(nn.Module):
                 detection["scores"] = detection["scores"] * detection["expected_ious"]
                 order = detection["scores"].argsort(descending=True, stable=True)
                 detection.update({name: values[order] for name, values in detection.items()})
+            if inference.nms is not None:
+                suppress = torchvision().ops.batched_nms
+                kept = suppress(detection["boxes"], detection["scores"], detection["labels"], inference.nms)
+                detection.update({name: values[kept] for name, values in detection.items()})
         return detections
 
     def _study(
@@ -629,6 +654,13 @@ class EnergyDetector(nn.Module):
                 generator=torch.Generator(boxes.device).manual_seed(seed),
             )
             found["box_stddevs"], found["box_effective_samples"] = p.stddev, p.effective_sample_size
+            if inference.voting:
+                usable = refined.clone()
+                for place in range(len(images)):
+                    rows = image == place
+                    usable[rows] = variance_voting(refined[rows], p.stddev[rows], labels[rows], inference.voting)
+                found.setdefault("detector_boxes", boxes)
+                found["boxes"] = usable
             if inference.box_samples:
                 generator = torch.Generator(boxes.device).manual_seed(seed + 1)
                 found["box_samples"] = p.sample(inference.box_samples, generator=generator).transpose(0, 1)
@@ -687,21 +719,22 @@ def add_energy_head(
 
     Raises:
         TypeError: detector is no such module.
-        ValueError: Its feature maps are no pyramid, or the number of classes is another or not to be found out.
+        ValueError: Its feature maps are no pyramid, the number of classes is another or not to be found out, or it is
+            to be trained along and none of its parameters requires a gradient.
         ImportError: torchvision is not installed.
 
     Source:
         Gustafsson et al., ECCV 2020 and BMVC 2020.
     """
-    missing = [name for name in ("transform", "backbone") if not isinstance(getattr(detector, name, None), nn.Module)]
-    if not isinstance(detector, nn.Module) or missing:
-        raise TypeError(
-            f"detector is a {type(detector).__name__}, which has no {' and no '.join(missing)}; expected a Faster "
-            "R-CNN, Mask R-CNN, FCOS or RetinaNet of torchvision."
-        )
+    _check_detector(detector)
     torchvision()
+    if not freeze and not any(parameter.requires_grad for parameter in detector.parameters()):
+        raise ValueError(
+            "freeze is False, but no parameter of the detector requires a gradient, as after an earlier "
+            "add_energy_head(detector). Call detector.requires_grad_(True) first, or for its trainable parts."
+        )
     classes, first_label = _classes(detector, num_classes)
-    names, channels = _probe(detector)
+    names, channels, _ = _probe(detector)
     head = BoxEnergyHead(channels, classes if class_specific else 1, pool_size=pool_size, width=width)
     _copy_hidden_layers(detector, head)
     backbone: Any = detector.backbone
@@ -723,13 +756,25 @@ def add_energy_head(
     return model.train(detector.training)
 
 
+def _check_detector(detector: Any) -> None:
+    missing = [name for name in ("transform", "backbone") if not isinstance(getattr(detector, name, None), nn.Module)]
+    if not isinstance(detector, nn.Module) or missing:
+        raise TypeError(
+            f"detector is a {type(detector).__name__}, which has no {' and no '.join(missing)}; expected a Faster "
+            "R-CNN, Mask R-CNN, FCOS or RetinaNet of torchvision."
+        )
+
+
+def _declared_classes(detector: Any) -> int | None:
+    """Number of classes, where the detector says it."""
+    if hasattr(detector, "roi_heads"):
+        return getattr(getattr(detector.roi_heads.box_predictor, "cls_score", None), "out_features", None)
+    return getattr(getattr(getattr(detector, "head", None), "classification_head", None), "num_classes", None)
+
+
 def _classes(detector: Any, num_classes: int | None) -> tuple[int, int]:
     """Number of classes, and the first label of an object."""
-    two_stage = hasattr(detector, "roi_heads")
-    if two_stage:
-        found = getattr(getattr(detector.roi_heads.box_predictor, "cls_score", None), "out_features", None)
-    else:
-        found = getattr(getattr(getattr(detector, "head", None), "classification_head", None), "num_classes", None)
+    found = _declared_classes(detector)
     if num_classes is not None:
         check_count("num_classes", num_classes)
         if found is not None and found != num_classes:
@@ -739,12 +784,12 @@ def _classes(detector: Any, num_classes: int | None) -> tuple[int, int]:
         raise ValueError(
             "The detector does not say how many classes it knows; pass num_classes, with the background among them."
         )
-    return int(found), int(two_stage)
+    return int(found), int(hasattr(detector, "roi_heads"))
 
 
 @torch.no_grad()
-def _probe(detector: Any) -> tuple[tuple[str, ...], int]:
-    """Names of the maps that the detector's own heads pool from, and the features of a node."""
+def _probe(detector: Any) -> tuple[tuple[str, ...], int, tuple[float, ...]]:
+    """Names of the maps that the detector's own heads pool from, features of a node, and nodes per pixel."""
     parameter = next(detector.backbone.parameters())
     bands = len(getattr(detector.transform, "image_mean", (0, 0, 0)))
     blank = torch.zeros(1, bands, PROBE, PROBE, dtype=parameter.dtype, device=parameter.device)
@@ -758,8 +803,8 @@ def _probe(detector: Any) -> tuple[tuple[str, ...], int]:
     wanted = getattr(getattr(getattr(detector, "roi_heads", None), "box_roi_pool", None), "featmap_names", None)
     available = _named(maps)
     names = tuple(name for name in available if wanted is None or name in wanted)
-    levels, _ = _pyramid(maps, names, blank.shape[-2:])
-    return names, int(levels[0].shape[1])
+    levels, scales = _pyramid(maps, names, blank.shape[-2:])
+    return names, int(levels[0].shape[1]), tuple(scales)
 
 
 def _named(maps: Any) -> dict[str, Tensor]:
@@ -810,3 +855,114 @@ def _copy_hidden_layers(detector: Any, head: BoxEnergyHead) -> None:
         if not isinstance(theirs, nn.Linear) or theirs.weight.shape != mine.weight.shape:
             return
         mine.load_state_dict(theirs.state_dict())
+
+
+# Saving and loading ---------------------------------------------------------------------------------------------------
+
+
+def save_head(model: EnergyDetector, path: str | os.PathLike[str]) -> Path:
+    """Write the energy head to one safetensors file: its weights, its sizes, and what is done with detected boxes.
+
+    The detector is not in it: save that as you always do. The file remembers what feature maps and classes it has, and
+    a checksum of its backbone. A checksum over the whole file detects damage; nothing in it is ever run.
+
+    Args:
+        model: What :func:`add_energy_head` made.
+        path: File to write. The suffix ``.safetensors`` is appended where it is missing; missing folders are created.
+
+    Returns:
+        The path of the file, with its suffix.
+
+    Raises:
+        TypeError: model is no such module.
+        OSError: The file cannot be written; an older one is intact.
+    """
+    if not isinstance(model, EnergyDetector):
+        raise TypeError(f"model is a {type(model).__name__}; expected what add_energy_head() makes.")
+    head, inference = model.head, model.inference
+    settings = {each.name: getattr(inference, each.name) for each in fields(inference)}
+    state = {
+        "detector": _interface(model.detector, model.num_classes),
+        "backbone": fingerprint(model.detector.backbone),
+        "head": {
+            "class_specific": head.num_outputs > 1,
+            "pool_size": head.pool_size,
+            "width": head.fc6.out_features,
+        },
+        "inference": settings
+        | {"noise": {each.name: getattr(inference.noise, each.name) for each in fields(inference.noise)}},
+    }
+    path = with_suffix(path)
+    save_state(path, head.state_dict(), state, HEAD_FORMAT)
+    return path
+
+
+def load_head(
+    detector: Any, path: str | os.PathLike[str], *, freeze: bool = True, objective: Any = None
+) -> EnergyDetector:
+    """Give a detector the energy head that :func:`save_head` wrote.
+
+    Args:
+        detector: The detector that the head was trained on, with its weights.
+        path: File to read, with or without its suffix ``.safetensors``.
+        freeze: As for :func:`add_energy_head`.
+        objective: As for :func:`add_energy_head`; it is not in the file.
+
+    Returns:
+        As :func:`add_energy_head`, with the settings of inference of the saved model.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is no head's, is damaged, or is of a detector with other feature maps or classes.
+        TypeError: As for :func:`add_energy_head`.
+        ValueError: As for :func:`add_energy_head`.
+
+    Warns:
+        UserWarning: The backbone has other weights than the one that the head was trained on.
+    """
+    _check_detector(detector)
+    path = with_suffix(path)
+    tensors, state = load_state(path, HEAD_FORMAT)
+    try:
+        wanted = state["detector"]
+        sizes = {name: state["head"][name] for name in ("class_specific", "pool_size", "width")}
+        settings = state["inference"]
+        inference = Inference(**{**settings, "noise": GaussianNoise(**settings["noise"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"Cannot load {str(path)!r}: its description cannot be read ({error!r}).") from None
+    classes = wanted.get("classes") if _declared_classes(detector) is None else None
+    for name, value in _interface(detector, classes).items():
+        if wanted.get(name) != value:
+            raise CheckpointError(
+                f"Cannot load {str(path)!r}: it is the head of a detector with {name} = {wanted.get(name)}, but this "
+                f"detector has {name} = {value}. Build the detector as it was when the head was saved."
+            )
+    # New layers draw initial weights; the caller's random state is none of their business.
+    with torch.random.fork_rng(devices=[]):
+        model = add_energy_head(
+            detector, num_classes=classes, freeze=freeze, inference=inference, objective=objective, **sizes
+        )
+    try:
+        model.head.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"Cannot load {str(path)!r}: its weights are of another head ({error}).") from None
+    if state.get("backbone") != fingerprint(detector.backbone):
+        warnings.warn(
+            f"{path} was saved with other weights of the detector's backbone. The head reads its feature maps, so that "
+            "its energies mean nothing on others; load the weights of the detector before the head.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _interface(detector: Any, num_classes: int | None) -> dict[str, Any]:
+    """What a head depends on."""
+    classes, first_label = _classes(detector, num_classes)
+    names, channels, scales = _probe(detector)
+    return {
+        "feature maps": names,
+        "channels": channels,
+        "nodes per pixel": scales,
+        "classes": classes,
+        "first label": first_label,
+    }
