@@ -70,14 +70,14 @@ def _table(records: Records, score: str, methods: Sequence[str], digits: int | N
         known = [method for method in methods if records.get((table.name, method))]
         if OURS not in known:
             continue
-        full = [method for method in known if not _partial(method)]
+        full = [method for method in known if not _partial(records, table.name, method)]
         splits = common(records, table.name, full)
         if not splits:
             continue
         means = {}
         cells = {}
         for method in known:
-            own = splits if not _partial(method) else common(records, table.name, [method, OURS])
+            own = splits if method in full else common(records, table.name, [method, OURS])
             quantiles_only = score == "nll" and method == "lightgbm"
             if not own or quantiles_only:
                 continue
@@ -85,7 +85,7 @@ def _table(records: Records, score: str, methods: Sequence[str], digits: int | N
             means[method] = scores.mean()
             cells[method] = scores, len(own)
         places = digits if digits is not None else _digits(list(means.values()))
-        ours_first = [method for method in means if not _partial(method)]
+        ours_first = [method for method in means if method in full]
         best = min(ours_first, key=lambda method: means[method]) if ranked else None
         row = []
         for method in methods:
@@ -95,7 +95,7 @@ def _table(records: Records, score: str, methods: Sequence[str], digits: int | N
             scores, count = cells[method]
             text = _mean(scores, places)
             text = f"**{text}**" if method == best else text
-            row.append(text + (f" ({count})" if _partial(method) else ""))
+            row.append(text + ("" if method in full else f" ({count})"))
         if ranked and "rounded" not in table.name:
             for method in ours_first:
                 ranks[method].append(1 + sum(means[other] < means[method] for other in ours_first))
@@ -106,14 +106,15 @@ def _table(records: Records, score: str, methods: Sequence[str], digits: int | N
     return lines
 
 
-def _partial(method: str) -> bool:
-    """Whether a method runs on fewer splits and rows than the others: it is shown, with its splits, but not ranked."""
-    return any(item.name == method and item.splits is not None for item in METHODS)
+def _partial(records: Records, table: str, method: str) -> bool:
+    """Whether a method has fewer splits or rows of a table than ours: it is shown, with its splits, but not ranked."""
+    limited = any(item.name == method and item.splits is not None for item in METHODS)
+    return limited or bool(set(records.get((table, OURS), ())) - set(records.get((table, method), ())))
 
 
 def _paired(records: Records, score: str, methods: Sequence[str]) -> list[str]:
-    """Mean differences to ours on the same splits, with Wilcoxon's signed-rank test."""
-    others = [method for method in methods if method != OURS and not _partial(method)]
+    """Mean differences to ours on the same splits and test rows, with Wilcoxon's signed-rank test."""
+    others = [method for method in methods if method != OURS]
     lines = ["| table | " + " | ".join(others) + " |", "|---|" + "---|" * len(others)]
     for table in TABLES:
         row = []
@@ -121,7 +122,10 @@ def _paired(records: Records, score: str, methods: Sequence[str]) -> list[str]:
             if not records.get((table.name, method)) or not records.get((table.name, OURS)):
                 row.append("")
                 continue
-            splits = common(records, table.name, [OURS, method])
+            mine, theirs = records[table.name, OURS], records[table.name, method]
+            splits = [
+                i for i in common(records, table.name, [OURS, method]) if mine[i]["test_rows"] == theirs[i]["test_rows"]
+            ]
             if not splits or any(records[table.name, method][i][score] is None for i in splits):
                 row.append("")
                 continue
@@ -129,6 +133,8 @@ def _paired(records: Records, score: str, methods: Sequence[str]) -> list[str]:
             difference = difference - values(records, table.name, OURS, score, splits)
             places = 3 if score == "nll" else _digits([difference.mean()])
             text = f"{difference.mean():+.{places}f}"
+            if _partial(records, table.name, method):
+                text += f" ({len(splits)})"
             if len(splits) >= 5 and difference.any():
                 text += f" (p = {wilcoxon(difference).pvalue:.2g})"
             row.append(text)
@@ -139,12 +145,11 @@ def _paired(records: Records, score: str, methods: Sequence[str]) -> list[str]:
 
 def _verdicts(records: Records, methods: Sequence[str]) -> list[str]:
     """What the targets ask, counted."""
-    ranked = [method for method in methods if not _partial(method)]
     lines = []
     for score, title in (("nll", "NLL"), ("crps", "CRPS")):
         first, behind, total = 0, [], 0
         for table in TABLES:
-            known = [method for method in ranked if records.get((table.name, method))]
+            known = [method for method in methods if not _partial(records, table.name, method)]
             if OURS not in known or "rounded" in table.name:
                 continue
             splits = common(records, table.name, known)
@@ -190,8 +195,8 @@ def report(results: Path) -> None:
     ]  # fmt: skip
     lines = [
         "# Results", "", "Made by `python -m experiments.uci report`; see ../README.md. Mean ± standard error over "
-        "splits, on the splits that all methods have so far; the lowest in bold. Treeffuser, which takes a second for "
-        "a test row, has fewer splits (in brackets) and test rows and is not ranked. Ranks are over the nine tables "
+        "splits; the lowest in bold. Where a method has fewer splits (in brackets), or fewer test rows as Treeffuser, "
+        "it is not ranked, but compared with ours on the same splits and rows below. Ranks are over the nine tables "
         "without the rounded ones.", "", *_verdicts(records, methods), "",
     ]  # fmt: skip
     for title, make in sections:

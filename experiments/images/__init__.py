@@ -1,0 +1,1 @@
+"""Regression from images: age, steering, cell counts and head pose."""
