@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class ImageEncoder(nn.Module):
             _load_weights(network, given, classifier, Path(weights))
         # Convolutions on the CPU take 0.6 of the time in this order of memory, which they pass on from the first one's
         # weights; values are the same but for rounding.
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: nn.Module = cast(Any, network).to(memory_format=torch.channels_last)
         self._name = backbone if isinstance(backbone, str) else None
         self.weights = None  # a file of the model has them
         self.trainable, self.image_size = trainable, image_size
@@ -285,7 +285,7 @@ def _timm_network(name: str, download: bool, image_size: int | None) -> Parts:
     fixed = bool(known is not None and known.fixed_input_size)
     if fixed and image_size is not None:
         settings["img_size"] = image_size
-    network = timm.create_model(name, pretrained=download, num_classes=0, **settings)
+    network: Any = timm.create_model(name, pretrained=download, num_classes=0, **settings)
     config = network.pretrained_cfg
     groups = group_parameters(network, network.group_matcher(coarse=True))
     classifier = config.get("classifier") or ()
