@@ -163,6 +163,24 @@ def read_h5(path: PathLike, keys: Sequence[str], what: str, optional: Sequence[s
         raise ValueError(f"{path} cannot be read as {what}: {error}.") from error
 
 
+def read_h5_images(path: PathLike, what: str) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The `images`, uint8 of shape (N, 3, H, W), and `labels`, shape (N,), of CcGAN's HDF5 files.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: h5py is not installed.
+        ValueError: The file is damaged, lacks one of them, or has other shapes.
+    """
+    data = read_h5(path, ["images", "labels"], what)
+    images, labels = data["images"], data["labels"].astype(np.float64).reshape(-1)
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8 or len(images) != len(labels):
+        raise ValueError(
+            f"{path} has images of shape {images.shape}, {images.dtype}, and {len(labels)} labels; expected {what}: "
+            f"uint8 of shape (N, 3, H, W), and N labels."
+        )
+    return images, labels
+
+
 def read_mat(path: PathLike, keys: Sequence[str], what: str) -> list[NDArray[np.float64]]:
     """Arrays of a MATLAB file (before version 7.3), as float64.
 

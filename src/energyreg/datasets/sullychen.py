@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from energyreg.datasets.angles import AngleUnit, converted
-from energyreg.datasets.files import PathLike, existing_file, existing_folder, numbers, read_csv, read_h5, read_text
+from energyreg.datasets.files import (
+    PathLike,
+    existing_file,
+    existing_folder,
+    numbers,
+    read_csv,
+    read_h5_images,
+    read_text,
+)
 from energyreg.datasets.tasks import ArrayTask, ImageTask
 
 __all__ = ["load_steering_h5", "load_sullychen"]
@@ -97,14 +105,7 @@ def load_steering_h5(path: PathLike, *, units: AngleUnit = "degrees") -> ArrayTa
     Source:
         Ding et al., CcGAN, ICLR 2021 (github.com/UBCDingXin/improved_CcGAN); Gustafsson et al., AISTATS 2022.
     """
-    what = "CcGAN's steering angles"
-    data = read_h5(path, ["images", "labels"], what)
-    images, labels = data["images"], data["labels"].astype(np.float64).reshape(-1)
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8 or len(images) != len(labels):
-        raise ValueError(
-            f"{path} has images of shape {images.shape}, {images.dtype}, and {len(labels)} labels; expected {what}: "
-            f"uint8 of shape (N, 3, H, W), and N labels."
-        )
+    images, labels = read_h5_images(path, "CcGAN's steering angles")
     return ArrayTask(
         x=images,
         targets=converted(labels[:, None], "degrees", units),

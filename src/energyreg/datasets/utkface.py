@@ -8,7 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from energyreg.datasets.files import PathLike, existing_file, existing_folder, natural_key, numbers, read_csv, read_h5
+from energyreg.datasets.files import (
+    PathLike,
+    existing_file,
+    existing_folder,
+    natural_key,
+    numbers,
+    read_csv,
+    read_h5_images,
+)
 from energyreg.datasets.tasks import ArrayTask, ImageTask
 
 __all__ = ["load_utkface", "load_utkface_h5"]
@@ -117,14 +125,7 @@ def load_utkface_h5(path: PathLike, *, ages: tuple[int, int] | None = PAPER_IV) 
     Source:
         Ding et al., CcGAN, ICLR 2021 (github.com/UBCDingXin/improved_CcGAN); Gustafsson et al., AISTATS 2022.
     """
-    what = "CcGAN's UTKFace"
-    data = read_h5(path, ["images", "labels"], what)
-    images, labels = data["images"], data["labels"].astype(np.float64).reshape(-1)
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8 or len(images) != len(labels):
-        raise ValueError(
-            f"{path} has images of shape {images.shape}, {images.dtype}, and {len(labels)} labels; expected {what}: "
-            f"uint8 of shape (N, 3, H, W), and N labels."
-        )
+    images, labels = read_h5_images(path, "CcGAN's UTKFace")
     keep = np.ones(len(labels), dtype=bool) if ages is None else (labels >= ages[0]) & (labels <= ages[1])
     if not keep.any():
         raise ValueError(f"{path} has no age in {ages}; expected some rows with such labels.")
