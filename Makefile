@@ -17,7 +17,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-install: $(VENV)/.installed ## Make .venv with the library, ready to edit, and its tools (about two minutes, once)
+install: $(VENV)/.installed ## Make .venv with the library, ready to edit, and its tools (about three minutes, once)
 
 demo: install ## Train on the bundled protein table and write demo/report.html (under three minutes on two cores)
 	$(BIN)/python -m energyreg.demo --output demo
