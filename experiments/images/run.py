@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
-import multiprocessing
-import time
-import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import energyreg as er
-from energyreg.checkpoint import write_atomically
 from energyreg.demo import describe_machine
-from experiments.claims import claim
+from experiments.claims import do_each, in_processes
 from experiments.images.data import Fold, Task
 from experiments.images.methods import Method
 from experiments.images.scores import judge, picture
@@ -73,38 +70,20 @@ def _work(pieces: Sequence[Piece], data: Path, cache: Path, results: Path) -> bo
     """Do all that is not done and that no other process is doing; return whether nothing went wrong."""
     torch.set_num_threads(1)
     folds: dict[tuple[str, int], Fold] = {}
-    well = True
-    for piece in pieces:
-        task, method, seed = piece
-        path = path_of(piece, results)
-        if path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with claim(path.with_suffix(".lock")) as claimed:
-            if not claimed or path.exists():
-                continue
-            started = time.perf_counter()
-            try:
-                if (task.name, seed) not in folds:
-                    folds = {key: fold for key, fold in folds.items() if key[1] == seed}
-                    folds[task.name, seed] = task.load(data, cache, seed)
-                record = do(piece, folds[task.name, seed])
-            except Exception:
-                print(f"{task.name} {method.name} {seed} failed", flush=True)
-                traceback.print_exc()
-                well = False
-                continue
-            write_atomically(path, (json.dumps(record) + "\n").encode())
-            scores = "diverged" if record["nll"] is None else f"NLL {record['nll']:.3f}, MAE {record['mae']:.4g}"
-            print(
-                f"{task.name} {method.name} {seed}: {scores} ({time.perf_counter() - started:.0f} s)",
-                flush=True,
-            )
-    return well
 
+    def one(piece: Piece) -> tuple[str, str]:
+        nonlocal folds
+        task, _, seed = piece
+        if (task.name, seed) not in folds:
+            folds = {key: fold for key, fold in folds.items() if key[1] == seed}
+            folds[task.name, seed] = task.load(data, cache, seed)
+        record = do(piece, folds[task.name, seed])
+        scores = "diverged" if record["nll"] is None else f"NLL {record['nll']:.3f}, MAE {record['mae']:.4g}"
+        return json.dumps(record) + "\n", scores
 
-def _worker(pieces: Sequence[Piece], data: Path, cache: Path, results: Path) -> None:
-    raise SystemExit(0 if _work(pieces, data, cache, results) else 1)
+    return do_each(
+        pieces, lambda piece: path_of(piece, results), lambda piece: f"{piece[0].name} {piece[1].name} {piece[2]}", one
+    )
 
 
 def run(pieces: Sequence[Piece], data: Path, cache: Path, results: Path = RESULTS, jobs: int = 1) -> bool:
@@ -120,12 +99,4 @@ def run(pieces: Sequence[Piece], data: Path, cache: Path, results: Path = RESULT
     Returns:
         Whether every piece of work was done.
     """
-    if jobs == 1:
-        return _work(pieces, data, cache, results)
-    context = multiprocessing.get_context("fork")  # pieces hold functions, which cannot be sent
-    workers = [context.Process(target=_worker, args=(list(pieces), data, cache, results)) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return all(worker.exitcode == 0 for worker in workers)
+    return in_processes(partial(_work, list(pieces), data, cache, results), jobs)

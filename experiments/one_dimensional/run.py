@@ -6,26 +6,26 @@ import ctypes
 import datetime
 import json
 import math
-import multiprocessing
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from energyreg.checkpoint import write_atomically
 from energyreg.demo import describe_machine
-from experiments.claims import claim
+from experiments.claims import do_each, in_processes
 from experiments.one_dimensional.training import Papers, Result, Setting
 
 __all__ = ["RESULTS", "run", "select"]
 
 RESULTS = Path(__file__).parent / "results"
+
+Block = tuple[Setting, list[int]]
 
 
 def select(settings: Sequence[Setting], pattern: str) -> list[Setting]:
@@ -33,7 +33,7 @@ def select(settings: Sequence[Setting], pattern: str) -> list[Setting]:
     return [setting for setting in settings if any(fnmatch(setting.name, p) for p in pattern.split(","))]
 
 
-def blocks(settings: Sequence[Setting], seeds: int | None = None) -> list[tuple[Setting, list[int]]]:
+def blocks(settings: Sequence[Setting], seeds: int | None = None) -> list[Block]:
     """All pieces of work in order: the first block of every setting, cheap ones first, then the second of every one."""
     work = []
     for setting in settings:
@@ -78,40 +78,25 @@ def _keep_memory() -> None:
         libc.mallopt(mmap_threshold, 2**30)
 
 
-def _work(work: list[tuple[Setting, list[int]]], results: Path) -> bool:
+def _work(work: list[Block], results: Path) -> bool:
     """Do all that is not done and that no other process is doing; return whether nothing went wrong."""
     torch.set_num_threads(1)
     _keep_memory()
-    well = True
-    for setting, seeds in work:
-        folder = results / setting.name
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{seeds[0]:02}-{seeds[-1]:02}.json"
-        if path.exists():
-            continue
-        with claim(path.with_suffix(".lock")) as claimed:
-            if not claimed or path.exists():
-                continue
-            started = time.perf_counter()
-            try:
-                result = setting.run(seeds)
-            except Exception:
-                print(f"{setting.name} {path.stem} failed", flush=True)
-                traceback.print_exc()
-                well = False
-                continue
-            seconds = time.perf_counter() - started
-            record = _record(setting, seeds, result, seconds)
-            if seeds[0] == 0:
-                np.savez_compressed(folder / "density.npz", log_density=result.model.picture)
-            write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-            kl = ", ".join(f"{value:.3f}" for value in result.model.kl)
-            print(f"{setting.name} {path.stem}: D_KL {kl} ({seconds:.0f} s)", flush=True)
-    return well
 
+    def path_of(block: Block) -> Path:
+        setting, seeds = block
+        return results / setting.name / f"{seeds[0]:02}-{seeds[-1]:02}.json"
 
-def _worker(work: list[tuple[Setting, list[int]]], results: Path) -> None:
-    raise SystemExit(0 if _work(work, results) else 1)
+    def one(block: Block) -> tuple[str, str]:
+        setting, seeds = block
+        started = time.perf_counter()
+        result = setting.run(seeds)
+        record = _record(setting, seeds, result, time.perf_counter() - started)
+        if seeds[0] == 0:
+            np.savez_compressed(path_of(block).parent / "density.npz", log_density=result.model.picture)
+        return json.dumps(record, indent=1) + "\n", "D_KL " + ", ".join(f"{value:.3f}" for value in result.model.kl)
+
+    return do_each(work, path_of, lambda block: f"{block[0].name} {path_of(block).stem}", one)
 
 
 def run(settings: Sequence[Setting], results: Path = RESULTS, seeds: int | None = None, jobs: int = 1) -> bool:
@@ -128,13 +113,4 @@ def run(settings: Sequence[Setting], results: Path = RESULTS, seeds: int | None 
     Returns:
         Whether every piece of work was done.
     """
-    work = blocks(settings, seeds)
-    if jobs == 1:
-        return _work(work, results)
-    context = multiprocessing.get_context("fork")  # settings hold lambdas, which cannot be sent to another process
-    workers = [context.Process(target=_worker, args=(work, results)) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return all(worker.exitcode == 0 for worker in workers)
+    return in_processes(partial(_work, blocks(settings, seeds), results), jobs)

@@ -7,20 +7,18 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import multiprocessing
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from energyreg.checkpoint import write_atomically
 from energyreg.demo import describe_machine
-from experiments.claims import claim
+from experiments.claims import do_each, in_processes
 from experiments.uci.data import Split, Table, load
 from experiments.uci.methods import Method, Outcome
 
@@ -97,35 +95,16 @@ def _work(pieces: Sequence[Piece], folder: Path, results: Path) -> bool:
     import torch
 
     torch.set_num_threads(1)
-    well = True
-    for piece in pieces:
-        path = path_of(piece, results)
-        if path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with claim(path.with_suffix(".lock")) as claimed:
-            if not claimed or path.exists():
-                continue
-            started = time.perf_counter()
-            try:
-                record = _do(piece, folder)
-            except Exception:
-                print(f"{piece[0].name} {piece[1].name} {path.stem} failed", flush=True)
-                traceback.print_exc()
-                well = False
-                continue
-            write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-            nll = "-" if record["nll"] is None else f"{record['nll']:.3f}"
-            print(
-                f"{piece[0].name} {piece[1].name} {path.stem}: NLL {nll}, CRPS {record['crps']:.4g} "
-                f"({time.perf_counter() - started:.0f} s)",
-                flush=True,
-            )
-    return well
 
+    def one(piece: Piece) -> tuple[str, str]:
+        record = _do(piece, folder)
+        nll = "-" if record["nll"] is None else f"{record['nll']:.3f}"
+        return json.dumps(record, indent=1) + "\n", f"NLL {nll}, CRPS {record['crps']:.4g}"
 
-def _worker(pieces: Sequence[Piece], folder: Path, results: Path) -> None:
-    raise SystemExit(0 if _work(pieces, folder, results) else 1)
+    def name(piece: Piece) -> str:
+        return f"{piece[0].name} {piece[1].name} {piece[2]:02}"
+
+    return do_each(pieces, lambda piece: path_of(piece, results), name, one)
 
 
 def run(pieces: Sequence[Piece], folder: Path, results: Path = RESULTS, jobs: int = 1) -> bool:
@@ -149,12 +128,4 @@ def run(pieces: Sequence[Piece], folder: Path, results: Path = RESULTS, jobs: in
     for need, name in missing.items():
         print(f"{need} is not installed: {name} is left out. Install experiments/uci/requirements.txt.", flush=True)
     pieces = [piece for piece in pieces if not set(piece[1].needs) & set(missing)]
-    if jobs == 1:
-        return _work(pieces, folder, results) and not missing
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(list(pieces), folder, results)) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return all(worker.exitcode == 0 for worker in workers) and not missing
+    return in_processes(partial(_work, list(pieces), folder, results), jobs) and not missing

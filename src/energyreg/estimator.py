@@ -560,8 +560,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         started: float,
     ) -> None:
         rows = len(y)
-        few = 0 if self.n_outputs_ == 1 else 1
-        auto = _by_rows((MEMBERS, MEMBERS_OF_SEVERAL)[few], rows)
+        auto = _by_rows(MEMBERS if self.n_outputs_ == 1 else MEMBERS_OF_SEVERAL, rows)
         members = auto if self.n_members == "auto" else int(self.n_members)
         batch_size = self.batch_size or _batch_size(rows)
         steps = max(rows // min(batch_size, rows), 1)
