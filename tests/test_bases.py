@@ -1,6 +1,7 @@
 """Laws of the base measures: densities, their cdf, their inverse, their tails."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +238,78 @@ def test_fit_sees_only_the_distribution() -> None:
         torch.testing.assert_close(buffer, second.state_dict()[name])
 
 
+SLABS = [(-0.01, 0.01), (1.0, 1.02), (-1.5, -1.5 + 1e-3)]
+
+
+def _with_slabs() -> Marginal:
+    """Half of the targets in the first slab, a tenth in the second, a hundredth in the last, and a normal rest."""
+    n = torch.randn(1000, generator=_generator(), dtype=torch.float64)
+    u = torch.rand(1000, generator=_generator(1), dtype=torch.float64)
+    for rows, (low, high) in zip((slice(0, 500), slice(500, 600), slice(600, 610)), SLABS, strict=True):
+        n[rows] = low + u[rows] * (high - low)
+    base = Marginal(slabs=SLABS).double()
+    base.fit(n[:, None])
+    return base
+
+
+def test_slabs_have_exact_edges_and_the_shares_of_the_targets() -> None:
+    base = _with_slabs()
+    for (low, high), share in zip(SLABS, (0.5, 0.1, 0.01), strict=True):
+        edges = torch.tensor([low, high], dtype=torch.float64)[:, None]
+        mass = base.to_unit(edges).diff(dim=0).item()
+        # The other targets have a density of .16 or less (a share of .39 of a normal) in the slab too.
+        assert share - 1e-9 <= mass <= share + 0.012 + 0.25 * (high - low)
+        inside, outside = base.log_prob(edges + torch.tensor([[1e-9], [-1e-9]])), base.log_prob(edges - 1e-9)[:1]
+        step = (inside[0].exp() - outside[0].exp()).item()
+        assert step == pytest.approx(mass / (high - low), rel=0.05)
+
+
+def test_a_density_with_slabs_integrates_to_its_unit_coordinates() -> None:
+    base = _with_slabs()
+    # Points on both sides of each edge, so that no trapezium spans a jump.
+    edges = base.slab_ends.flatten()  # rounded to single precision
+    z = torch.cat([_whole_range(base)[:, 0], edges - 1e-12, edges + 1e-12])
+    for low, high in base.slab_ends.tolist():
+        z = torch.cat([z, torch.linspace(low + 1e-12, high - 1e-12, 101, dtype=torch.float64)])
+    z = z.sort().values[:, None]
+    integral = torch.cumulative_trapezoid(base.log_prob(z).exp(), z[:, 0])
+    u = base.to_unit(z)[:, 0]
+    torch.testing.assert_close(u[1:] - u[0], integral, rtol=0, atol=TABLE)
+    assert integral[-1].item() == pytest.approx(1, abs=TABLE)
+
+
+def test_unit_coordinates_with_slabs_are_inverted() -> None:
+    base = _with_slabs()
+    u = torch.linspace(0, 1, 10_001, dtype=torch.float64)[1:-1, None]
+    z = base.from_unit(u)
+    assert (z.diff(dim=0) > 0).all()
+    torch.testing.assert_close(base.to_unit(z), u, rtol=0, atol=1e-9)
+    single = _with_slabs().float()
+    torch.testing.assert_close(single.to_unit(single.from_unit(u.float())).double(), u, rtol=0, atol=2e-4)
+
+
+def test_targets_that_are_all_in_slabs_leave_a_share_for_the_rest() -> None:
+    base = Marginal(slabs=[(-0.1, 0.1)]).double()
+    base.fit(torch.linspace(-0.1, 0.1, 50, dtype=torch.float64)[:, None])
+    assert base.slab_shares.item() == pytest.approx(1 - base.broad_share)
+    assert base.log_prob(torch.tensor([[3.0]], dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"slabs": [(1.0, 1.0)]}, r"slabs has \(1.0, 1.0\); expected finite ends with low < high"),
+        ({"slabs": [(0.0, math.inf)]}, "expected finite ends"),
+        ({"slabs": [(0.0, 2.0), (1.0, 3.0)]}, "slabs overlap between 1.0 and 2.0"),
+        ({"slabs": [(0.0, 1.0)], "dim": 2}, r"slabs are given for 2 dimension\(s\)"),
+        ({"slabs": [(0.0, 1.0)], "periodic": [True]}, "expected one dimension that is no angle"),
+    ],
+)
+def test_wrong_slabs_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Marginal(**arguments)
+
+
 def test_lebesgue_is_uniform_on_its_window() -> None:
     base = Lebesgue(dim=2, periodic=[False, True], margin=0.25)
     base.fit(torch.stack([torch.linspace(-1, 3, 50), torch.linspace(0, 1, 50)], -1))
@@ -257,6 +330,8 @@ def test_proposal_base_has_the_shape_of_its_reference() -> None:
     assert base.fitted
     assert base.reference.fitted
     assert isinstance(ProposalBase().reference, Marginal)
+    with pytest.raises(ValueError, match="standardised is True, but the reference has periodic="):
+        ProposalBase(Marginal(dim=2, periodic=[False, True]), standardised=True)
 
 
 @pytest.mark.parametrize("kind", [Marginal, Lebesgue])

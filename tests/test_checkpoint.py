@@ -469,3 +469,17 @@ def test_own_encoder_inside_a_twin_asks_for_the_whole_twin(tmp_path: Path) -> No
         er.load(path)
     loaded = er.load(path, encoder=TwinEncoder(Encoder(), TableEncoder(3, 6, depth=1)))
     assert torch.equal(log_prob(loaded), log_prob(model))
+
+
+def test_slabs_and_standardised_coordinates_come_back(tmp_path):
+    torch.manual_seed(0)
+    base = er.bases.ProposalBase(er.bases.Marginal(slabs=[(0.5, 0.6), (-0.1, 0.1)]), standardised=True)
+    model = er.EnergyRegressionModel(
+        er.encoders.VectorEncoder(2, 8), er.heads.SeparableHead(8), proposal=er.proposals.MixtureDensityNetwork(8),
+        base=base,
+    )  # fmt: skip
+    model.fit_preprocessing(torch.randn(50, 2), torch.randn(50))
+    loaded = er.load(er.save(model.eval(), tmp_path / "model"))
+    assert loaded.base.standardised and loaded.base.reference.slabs == ((-0.1, 0.1), (0.5, 0.6))
+    x, y = torch.randn(4, 2), torch.tensor([0.0, 0.55, 2.0, -1.0])
+    assert torch.equal(loaded(x).log_prob(y), model(x).log_prob(y))

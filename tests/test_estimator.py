@@ -578,3 +578,22 @@ def test_ctrl_c_while_scouts_are_judged_keeps_them(monkeypatch):
         regressor = EnergyRegressor(**SCOUTED).fit(ROWS, WAVES)
     assert len(regressor.histories_) == 4 and regressor.histories_[0].interrupted
     assert np.isfinite(regressor.score_samples(ROWS, WAVES)).all()
+
+
+def test_atoms_of_a_fine_lattice_become_slabs_of_the_base() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 2))
+    y = np.clip(X[:, 0] + 0.3 * rng.normal(size=400), -1, 1)
+    y = np.round(np.where(rng.random(400) < 0.4, 0, y), 2)
+    model = EnergyRegressor(n_members=2, epochs=10, random_state=0).fit(X, y)
+    slabs = model.model_.members[0].base.slabs
+    space = model.space_
+    ends = space.to_user(torch.tensor(slabs, dtype=torch.double).reshape(-1, 1)).reshape(-1, 2)
+    np.testing.assert_allclose(ends, [[-1.005, -0.995], [-0.005, 0.005], [0.995, 1.005]], atol=1e-6)
+    # The atom's probability is near its share of the rows; without slabs it is of a peak several values wide.
+    P = model.predict_probabilities(X, [-0.01, 0.0, 0.01]).mean(0)
+    assert abs(P[1] - (y == 0).mean()) < 0.05
+    assert P[0] < 0.05 and P[2] < 0.05
+    # Whole steps that the targets' spread hardly exceeds need none, nor values that are like their neighbours.
+    for other in (np.round(np.abs(5 * y)), np.round(X[:, 0], 2)):
+        assert not EnergyRegressor(n_members=1, epochs=1, random_state=0).fit(X, other).model_.base.reference.slabs

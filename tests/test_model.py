@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
@@ -340,3 +341,48 @@ def test_with_few_rows_a_table_model_starts_as_its_mixture() -> None:
     x, y = torch.randn(6, 2), torch.randn(6)
     few.eval()
     torch.testing.assert_close(few(x).log_prob(y), few.proposal_model().eval()(x).log_prob(y), rtol=0, atol=1e-3)
+
+
+def _standardised(dim: int = 1, detach: bool = True) -> er.EnergyRegressionModel:
+    torch.manual_seed(0)
+    head = er.heads.JointHead(8, dim, width=16)
+    torch.nn.init.normal_(head.output.weight, std=0.5)
+    proposal = er.proposals.MixtureDensityNetwork(8, dim, 2)
+    base = er.bases.ProposalBase(er.bases.Marginal(dim), detach=detach, standardised=True)
+    model = er.EnergyRegressionModel(
+        er.encoders.VectorEncoder(3, 8, dropout=0), head, proposal=proposal, base=base, space=er.spaces.Real(dim)
+    )
+    model.fit_preprocessing(torch.randn(50, 3), torch.randn(50, dim))
+    return model.double()
+
+
+def test_a_standardised_head_sees_the_distance_from_the_proposal() -> None:
+    model = _standardised()
+    f = model.energy(torch.randn(4, 3, dtype=torch.double))
+    z = torch.randn(5, 4, 1, dtype=torch.double)
+    t = ((z - f.q.mean) / f.q.variance.sqrt()).detach()
+    # 2 F(t) - 1 with the cdf of Student's t of two degrees of freedom.
+    v = torch.as_tensor(2 * scipy.stats.t(2).cdf(t.numpy()) - 1)
+    torch.testing.assert_close(f(z), f.q.log_prob(z) + model.head(f.context, v))
+    # In the reference's coordinates, and for points that the rows share, it is the same function.
+    u = model.base.reference.to_unit(z)
+    expected = f(z) - model.base.reference.log_prob(z)
+    torch.testing.assert_close(f.relative(u), expected, rtol=0, atol=1e-6)
+    shared = torch.tensor([[[0.2]], [[0.7]]], dtype=torch.double)
+    torch.testing.assert_close(f.relative(shared), f.relative(shared.expand(2, 4, 1)))
+
+
+def test_a_standardised_density_integrates_to_one() -> None:
+    p = _standardised().eval()(torch.randn(4, 3))
+    grid = torch.linspace(-30, 30, 60_001, dtype=torch.double)
+    mass = torch.trapezoid(p.prob(grid[:, None, None].expand(-1, 4, 1)), grid, dim=0)
+    # The adaptive quadrature's tolerance of 1e-3 nats, and the tails beyond ±30.
+    torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_proposal_hears_of_a_standardised_energy_unless_detached(detach: bool) -> None:
+    model = _standardised(2, detach)
+    f, _, z = model.condition(torch.randn(4, 3, dtype=torch.double), torch.randn(4, 2, dtype=torch.double))
+    f(z).sum().backward()
+    assert (model.proposal.output.weight.grad is None) == detach

@@ -11,6 +11,7 @@ All of this happens in model space (see :mod:`energyreg.spaces`), where periodic
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -84,6 +85,10 @@ class Marginal(nn.Module):
     Hermite interpolation of the cdf and of the log-density, so that its price does not depend on the number of
     components and both are differentiable in y.
 
+    Slabs are for values that many rows share, such as a steering of exactly 0, after they were spread over a cell
+    (dequantised): each is a uniform component as heavy as its share of the training targets, so that the density has
+    its two edges exactly, and in the unit coordinates a slab is as wide as it is probable.
+
     Args:
         dim: Target dimensions D.
         periodic: Whether each dimension is an angle; none by default.
@@ -91,6 +96,7 @@ class Marginal(nn.Module):
         broad_share: Weight of the broad component, in (0, 1).
         broad_scale: Standard deviation of the broad component, relative to the targets'.
         num_knots: Size of the table.
+        slabs: Ends (low, high) of each slab, in model space, disjoint; for one dimension that is no angle.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -109,6 +115,8 @@ class Marginal(nn.Module):
     pdf_table: Tensor
     log_pdf_table: Tensor
     slope_table: Tensor
+    slab_ends: Tensor
+    slab_shares: Tensor
 
     def __init__(
         self,
@@ -118,6 +126,7 @@ class Marginal(nn.Module):
         broad_share: float = 0.04,
         broad_scale: float = 2.0,
         num_knots: int = 4096,
+        slabs: Sequence[Sequence[float]] = (),
     ) -> None:
         super().__init__()
         if num_components < 1:
@@ -131,11 +140,14 @@ class Marginal(nn.Module):
         self.dim, self.periodic = dim, periodic_flags(dim, periodic)
         self.num_components, self.broad_share, self.broad_scale = num_components, broad_share, broad_scale
         self.num_knots = num_knots
+        self.slabs = _check_slabs(slabs, self.periodic)
         self.register_buffer("fitted", torch.tensor(False))
         self.register_buffer("start", torch.zeros(dim))
         self.register_buffer("step", torch.ones(dim))
         for name in ("cdf_table", "pdf_table", "log_pdf_table", "slope_table"):
             self.register_buffer(name, torch.zeros(dim, num_knots + 1))
+        self.register_buffer("slab_ends", torch.tensor(self.slabs).reshape(-1, 2))
+        self.register_buffer("slab_shares", torch.zeros(len(self.slabs)))
         # A standard normal target until `fit`, so that an unfitted model is a model too.
         normal = torch.special.ndtri((torch.arange(512, dtype=torch.double) + 0.5) / 512)
         circle = (torch.arange(512, dtype=torch.double) + 0.5) / 512 * 2 * math.pi - math.pi
@@ -143,8 +155,23 @@ class Marginal(nn.Module):
 
     def fit(self, z: Tensor) -> None:
         """Tabulate the marginals of the training targets in model space, shape (N, D)."""
-        self._tabulate(z.detach().double().cpu())
+        z = z.detach().double().cpu()
+        if self.slabs:
+            z = self._fit_slabs(z)
+        self._tabulate(z)
         self.fitted.fill_(True)
+
+    @torch.no_grad()
+    def _fit_slabs(self, z: Tensor) -> Tensor:
+        """Set the slabs' shares; return the targets that lie in none, which the smooth part is made of."""
+        low, high = torch.tensor(self.slabs, dtype=torch.double).unbind(1)
+        inside = (z >= low) & (z <= high)
+        shares = inside.double().mean(0)
+        # The smooth part must reach everywhere, also where all targets are atoms.
+        most = 1 - self.broad_share
+        self.slab_shares.copy_(shares * (most / shares.sum().clamp_min(most)))
+        others = z[~inside.any(1)]
+        return others if len(others) > 1 else z
 
     @torch.no_grad()
     def _tabulate(self, z: Tensor) -> None:
@@ -220,7 +247,16 @@ class Marginal(nn.Module):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats, (*S, D) to (*S,)."""
-        return self._log_prob(*self._locate(z))
+        smooth = self._log_prob(*self._locate(z))
+        if not self.slabs:
+            return smooth
+        low, high = self.slab_ends.unbind(1)
+        heights = torch.where((z >= low) & (z <= high), self.slab_shares / (high - low), 0.0).sum(-1)
+        return torch.logaddexp(smooth + self._smooth_share.log(), heights.log())
+
+    @property
+    def _smooth_share(self) -> Tensor:
+        return 1 - self.slab_shares.sum()
 
     def _log_prob(self, index: Tensor, inside: Tensor, t: Tensor) -> Tensor:
         value = self._hermite(self.log_pdf_table, self.slope_table, index, inside, self.step)
@@ -233,8 +269,12 @@ class Marginal(nn.Module):
 
     def to_unit(self, z: Tensor) -> Tensor:
         """Unit coordinates u = F₀(z), strictly monotone inside the table, (*S, D) to (*S, D) in [0, 1]."""
-        index, inside, _ = self._locate(z)
-        return self._unit(index, inside)
+        smooth = self._smooth_unit(z)
+        if not self.slabs:
+            return smooth
+        low, high = self.slab_ends.unbind(1)
+        below = (self.slab_shares * ((z - low) / (high - low)).clamp(0, 1)).sum(-1, keepdim=True)
+        return (self._smooth_share * smooth + below).clamp(0, 1)
 
     def _unit(self, index: Tensor, inside: Tensor) -> Tensor:
         return self._hermite(self.cdf_table, self.pdf_table, index, inside, self.step).clamp(0, 1)
@@ -242,6 +282,37 @@ class Marginal(nn.Module):
     @torch.no_grad()
     def from_unit(self, u: Tensor) -> Tensor:
         """Inverse of :meth:`to_unit`: quantiles of the marginals, (*S, D) to (*S, D)."""
+        return self._from_unit_with_slabs(u) if self.slabs else self._from_unit(u)
+
+    def _from_unit_with_slabs(self, u: Tensor) -> Tensor:
+        """The same by pieces: between two slabs the smooth part's quantile, within one Newton's method."""
+        share, ends, slabs = self._smooth_share, self.slab_ends, self.slab_shares
+        cumulative = slabs.cumsum(0)
+        before = cumulative - slabs
+        low, high = ends.unbind(1)
+        smooth = share * self._smooth_unit(ends.reshape(-1, 1)).reshape(-1, 2)
+        first, last = smooth[:, 0] + before, smooth[:, 1] + cumulative  # u at the ends of each slab
+        passed = (slabs * (u >= last)).sum(-1, keepdim=True)
+        z = self._from_unit(((u - passed) / share).clamp(0, 1))
+        for k in range(len(self.slabs)):
+            within = (u > first[k]) & (u < last[k])
+            width = high[k] - low[k]
+            t = ((u - first[k]) / (last[k] - first[k])).clamp(0, 1)
+            for _ in range(4):  # from the linear guess: the smooth part is close to a line within a slab
+                place = low[k] + t * width
+                index, inside, _ = self._locate(place)
+                residual = share * self._unit(index, inside) + before[k] + slabs[k] * t - u
+                slope = share * self._log_prob(index, inside, inside).exp()[..., None] * width + slabs[k]
+                t = (t - residual / slope).clamp(0, 1)
+            z = torch.where(within, low[k] + t * width, z)
+        return z
+
+    def _smooth_unit(self, z: Tensor) -> Tensor:
+        index, inside, _ = self._locate(z)
+        return self._unit(index, inside)
+
+    @torch.no_grad()
+    def _from_unit(self, u: Tensor) -> Tensor:
         columns = []
         for d in range(self.dim):
             table, pdf = self.cdf_table[d], self.pdf_table[d]
@@ -259,20 +330,57 @@ class Marginal(nn.Module):
         return torch.stack(columns, -1)
 
 
+def _check_slabs(slabs: Sequence[Sequence[float]], periodic: Sequence[bool]) -> tuple[tuple[float, float], ...]:
+    found = sorted((float(low), float(high)) for low, high in slabs)
+    if found and (len(periodic) != 1 or periodic[0]):
+        raise ValueError(
+            f"slabs are given for {len(periodic)} dimension(s) with periodic={tuple(periodic)}; expected one dimension "
+            "that is no angle."
+        )
+    for low, high in found:
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"slabs has ({low}, {high}); expected finite ends with low < high.")
+    for (_, high), (low, _) in itertools.pairwise(found):
+        if low < high:
+            raise ValueError(f"slabs overlap between {low} and {high}; expected disjoint ones.")
+    return tuple(found)
+
+
 class ProposalBase(nn.Module):
-    """The learned proposal q(y|x) as the base: f(x, y) = log q(y|x) + g(x, y). The model starts as the proposal.
+    r"""The learned proposal q(y|x) as the base: f(x, y) = log q(y|x) + g(x, y). The model starts as the proposal.
+
+    The head's coordinates are those of the reference, the same for all x, or those of the target *standardised* by
+    the proposal's mean and standard deviation in each dimension:
+
+    .. math:: v = \frac{t}{\sqrt{2 + t^2}}, \qquad t = \frac{y - E_q[y|x]}{\sqrt{Var_q[y|x]}}
+
+    (2 F(t) - 1 with F the cdf of Student's t with two degrees of freedom.) Then g is a correction of the proposal's
+    shape, of which few rows say enough, while the proposal says where the target is. A separable head takes several
+    times as long then, as no two rows share their coordinates.
 
     Args:
         reference: Unconditional measure that gives the head its coordinates and the quadrature its nodes. The marginal
             of the training targets by default (one dimension; pass another for more).
         detach: Whether f sees q as given. Then the likelihood of f trains only g, and q needs an objective of its own
             (its likelihood, or J_KL). Trials on small tables favour this.
+        standardised: Whether the head sees the target standardised by the proposal, which must have a mean and a
+            variance then. The coordinates carry no gradient to the proposal where `detach` is true.
+
+    Raises:
+        ValueError: If standardised is true and a dimension is an angle.
     """
 
-    def __init__(self, reference: Marginal | Lebesgue | None = None, detach: bool = True) -> None:
+    def __init__(
+        self, reference: Marginal | Lebesgue | None = None, detach: bool = True, standardised: bool = False
+    ) -> None:
         super().__init__()
         self.reference = Marginal() if reference is None else reference
-        self.detach = detach
+        self.detach, self.standardised = detach, standardised
+        if standardised and any(self.reference.periodic):
+            raise ValueError(
+                f"standardised is True, but the reference has periodic={self.reference.periodic}; an angle has no "
+                "standard deviation to measure by."
+            )
 
     @property
     def dim(self) -> int:

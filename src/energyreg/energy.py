@@ -84,6 +84,7 @@ class EnergyFunction:
 
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of f, in floats; what chunks are sized by."""
+        shared = shared and not self._standardised
         head = 1 if self.head is None else getattr(self.head, "floats_per_point", lambda shared: 2048)(shared)
         mixture = 6 * getattr(getattr(self.q, "means", None), "shape", (0, 0))[1] if self.conditional else 0
         return head + mixture
@@ -93,8 +94,25 @@ class EnergyFunction:
         """Whether the base is the proposal."""
         return isinstance(self.base, ProposalBase)
 
-    def _g(self, u: Tensor) -> Tensor:
-        v = 2 * u - 1
+    @property
+    def _standardised(self) -> bool:
+        """Whether the head sees targets standardised by the proposal, so that no two rows share their coordinates."""
+        return isinstance(self.base, ProposalBase) and self.base.standardised
+
+    def _coordinates(self, z: Tensor) -> Tensor:
+        """The head's coordinates v in (-1, 1), of points in model space."""
+        if self.head is None:
+            return z  # whose shape is all that counts
+        if not self._standardised:
+            return 2 * self.reference.to_unit(z) - 1
+        assert self.q is not None
+        mean, scale = self.q.mean, self.q.variance.clamp_min(torch.finfo(z.dtype).tiny).sqrt()
+        if self.base.detach:
+            mean, scale = mean.detach(), scale.detach()
+        t = (z - mean) / scale
+        return t * (2 + t.square()).rsqrt()
+
+    def _g(self, v: Tensor) -> Tensor:
         if self.head is None:
             return torch.zeros((), dtype=v.dtype, device=v.device).expand(*v.shape[:-2], self.batch_size)
         return self._checked(self.head(self.context, v), v)
@@ -119,7 +137,7 @@ class EnergyFunction:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""
-        return self._log_base(z) + self._g(self.reference.to_unit(z))
+        return self._log_base(z) + self._g(self._coordinates(z))
 
     def _log_base(self, z: Tensor) -> Tensor:
         return self._log_q(z) if self.conditional else self.reference.log_prob(z)
@@ -135,13 +153,12 @@ class EnergyFunction:
         Returns:
             The log-density relative to the reference, unnormalised, shape (*S, B).
         """
-        return self._log_relative_base(u, self._g(u))
+        z = self.reference.from_unit(u) if self.conditional else None
+        v = self._coordinates(z) if z is not None and self._standardised else 2 * u - 1
+        return self._log_relative_base(z, self._g(v))
 
-    def _log_relative_base(self, u: Tensor, g: Tensor) -> Tensor:
-        if not self.conditional:
-            return g
-        z = self.reference.from_unit(u)
-        return self._log_q(z) - self.reference.log_prob(z) + g
+    def _log_relative_base(self, z: Tensor | None, g: Tensor) -> Tensor:
+        return g if z is None else self._log_q(z) - self.reference.log_prob(z) + g
 
     def target_and_relative(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return f at the rows' targets and f - log p₀ at nodes, as two calls do, in one where the head can.
@@ -153,10 +170,11 @@ class EnergyFunction:
         Returns:
             f of shape (B,), and f - log p₀ of shape (G, B).
         """
-        both = _in_one_pass(self.head)
+        both = None if self._standardised else _in_one_pass(self.head)
         if both is None:
             return self(z), self.relative(u)
         own, shared = 2 * self.reference.to_unit(z) - 1, 2 * u - 1
         g_own, g_shared = both(self.context, own, shared)
         f_target = self._log_base(z) + self._checked(g_own, own)
-        return f_target, self._log_relative_base(u, self._checked(g_shared, shared))
+        nodes = self.reference.from_unit(u) if self.conditional else None
+        return f_target, self._log_relative_base(nodes, self._checked(g_shared, shared))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import itertools
 import logging
 import math
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from energyreg import checkpoint
+from energyreg.bases import Marginal, ProposalBase
 from energyreg.blocks import FileTable, MemoryTable, Scratch, Source, encode, rows_to_learn_from
 from energyreg.calibration import Calibration, ConformalIntervals, ConformalRegions
 from energyreg.chain import EnergyChain
@@ -97,6 +97,12 @@ TIMED_ROWS, CALIBRATED_TO_TIME = 2_048, 256
 PREDICTION_ROWS = 16_384
 """Rows of a table that are predicted at once, by default."""
 KINDS_OF_PREDICTION = ("mean", "median", "mode")
+ATOM_SHARE, ATOM_HEIGHT = 0.05, 4.0
+"""Share of the rows, and multiple of the neighbouring values' rows, from which on a value of a lattice is an atom."""
+FINE = 0.05
+"""Step of a lattice, in standard deviations, from which on the smooth marginal shows an atom by itself."""
+UNEVEN = 0.3
+"""Nats by which the density of an even cell may differ between its ends in model space, to be taken as a slab."""
 BASES = ("auto", "marginal", "proposal")
 OUTPUTS = ("auto", "joint", "chain")
 CHAINED_FROM = 3
@@ -139,8 +145,8 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             :class:`~energyreg.encoders.TableEncoder`). "auto" to choose between 0.25 and 1 by the scouts from 500 rows
             on; without scouts it is the encoder's default.
         base: Base measure: "marginal", the smooth marginal of y; "proposal", a mixture density network that the
-            energy departs from; "auto": "proposal" below 10,000 rows. A joint model of more than two outputs always
-            has a proposal.
+            energy departs from; "auto": "proposal" below 10,000 rows, but not where y has atoms. A joint model of more
+            than two outputs always has a proposal.
         outputs: How several outputs are modelled: "joint", one energy of all of them; "chain", the chain rule with one
             energy for each given x and those before it, in the order of the columns (see :mod:`energyreg.chain`);
             "auto": the chain from three outputs on.
@@ -354,6 +360,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         train, held_out, conformal = self._split(len(known), evaluation is not None, weights, rng)
         self.lattice_step_ = self._lattice(targets)
         self._steps = self._steps_of(targets)
+        self._atoms = self._find_atoms(targets[train])
 
         self.preprocessor_ = TablePreprocessor(self.max_levels, self.min_count)
         learned_on = rows_to_learn_from(known[train], source.width, seed)
@@ -546,6 +553,26 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         low, high = self._cell(targets)
         return rng.uniform(low, high)
 
+    def _find_atoms(self, targets: np.ndarray) -> np.ndarray:
+        """Values of a fine lattice that stand out from their neighbours, such as a steering of exactly 0."""
+        if self.lattice_step_ is None or self.lattice_step_ > FINE * targets.std():
+            return np.empty(0)
+        values, counts = np.unique(targets[:, 0], return_counts=True)
+        places = np.rint((values - values[0]) / self.lattice_step_).astype(int)
+        known = dict(zip(places.tolist(), counts.tolist(), strict=True))
+        beside = np.array([max(known.get(place - 1, 0), known.get(place + 1, 0)) for place in places.tolist()])
+        return values[(counts >= ATOM_SHARE * len(targets)) & (counts >= ATOM_HEIGHT * beside)]
+
+    def _slabs(self, space: TargetSpace) -> list[tuple[float, float]]:
+        """Cells of the atoms in the model space of a fitted space, as far as they are of even density there."""
+        if not len(self._atoms):
+            return []
+        low, high = (torch.as_tensor(end)[:, None] for end in self._cell(self._atoms))
+        ends = torch.cat([space.to_model(low), space.to_model(high)], 1)
+        slope = space.log_abs_det_jacobian(low) - space.log_abs_det_jacobian(high)
+        even = ends.isfinite().all(1) & (ends[:, 0] < ends[:, 1]) & (slope.abs() < UNEVEN)
+        return [(low, high) for low, high in ends[even].tolist()]
+
     # Training --------------------------------------------------------------------------------------------------------
 
     def _train(
@@ -574,11 +601,20 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             None if self.frequency_scale == "auto" else float(self.frequency_scale), self._dropout(x.shape[1], rows)
         )
 
+        if len(self._atoms):
+            space = copy.deepcopy(space)
+            space.fit(data[1])  # the atoms' cells are told in its units
+        slabs = self._slabs(space)
+
         def builder(trials: Sequence[_Trial]) -> Any:
             endless = itertools.cycle(trials)
-            return lambda: self._new_model(x.shape[1], space, rows, *dataclasses.astuple(next(endless))).to(
-                self._device()
-            )
+
+            def build() -> EnergyRegressionModel | EnergyChain:
+                trial = next(endless)
+                model = self._new_model(x.shape[1], space, rows, trial.frequency_scale, trial.dropout, slabs)
+                return model.to(self._device())
+
+            return build
 
         if self.time_budget is not None:
             plan = self._plan_time(builder([usual]), data, settings, epochs, members, steps)
@@ -691,10 +727,17 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         return np.bincount((draws @ table.T).argmax(1), minlength=len(table)) / BOOTSTRAP
 
     def _new_model(
-        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None
+        self,
+        num_features: int,
+        space: TargetSpace,
+        rows: int,
+        frequency_scale: float | None,
+        dropout: float | None,
+        slabs: Sequence[tuple[float, float]],
     ) -> EnergyRegressionModel | EnergyChain:
         """A member, with weights of its own."""
-        few = {"auto": rows, "marginal": None, "proposal": 0}[self.base]
+        # A mixture has no edges, so where there are atoms their slabs are the better start.
+        few = {"auto": None if slabs else rows, "marginal": None, "proposal": 0}[self.base]
         sizes: dict[str, Any] = {
             "width": self._width(rows), "depth": self.depth, "dropout": dropout,
             "num_components": self.num_components, "num_rows": few,
@@ -702,9 +745,13 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         }  # fmt: skip
         if self._chained(space.dim):
             return EnergyChain.for_table(num_features, copy.deepcopy(space), **sizes)
-        return EnergyRegressionModel.for_table(
+        model = EnergyRegressionModel.for_table(
             num_features, copy.deepcopy(space), frequency_scale=frequency_scale, **sizes
         )
+        if slabs:
+            marginal = Marginal(1, slabs=slabs)
+            model.base = ProposalBase(marginal) if isinstance(model.base, ProposalBase) else marginal
+        return model
 
     def _chained(self, dim: int) -> bool:
         return dim >= {"auto": CHAINED_FROM, "joint": math.inf, "chain": 2}[self.outputs]
