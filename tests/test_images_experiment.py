@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("scoringrules")
 
 import energyreg as er
 from experiments.images import data, features, methods, report, scores
-from experiments.images.data import TASKS, Fold, Task, dequantise
+from experiments.images.data import TASKS, Fold, Rows, Task, dequantise
 from experiments.images.methods import METHODS, Method, Outcome
 from experiments.images.run import path_of, run, work
-from experiments.uci.data import Split
 
 ROWS, FEATURES = 60, 8
 
@@ -28,7 +28,7 @@ def made_up(dim: int) -> Fold:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(ROWS + 40, FEATURES)).astype(np.float32)
     y = 3.0 * x[:, :dim] + rng.normal(size=(len(x), dim))
-    split = Split(x[:ROWS], y[:ROWS], x[ROWS:-20], y[ROWS:-20], x[-20:], y[-20:])
+    split = Rows(x[:ROWS], y[:ROWS], x[ROWS:-20], y[ROWS:-20], x[-20:], y[-20:])
     return Fold(split, y[-20:], [1.0] * dim if dim > 1 else None)
 
 
@@ -73,9 +73,47 @@ def test_every_method_gives_finite_scores(results: Path) -> None:
         assert 0 <= record["coverage"] <= 1 and record["width"] > 0 and record["mae"] > 0
         assert len(record["mae_by_target"]) == len(small(record["task"]).targets)
         assert ("mae_refined" in record) == (record["method"] == "nce")
-        assert set(record["variants"]) == ({"2", "4"} if record["method"] == "mixture" else set())
-    expected = {("age", m.name) for m in METHODS if 1 in m.dims} | {("pose", m.name) for m in METHODS if 3 in m.dims}
+        assert all(math.isfinite(nll) for nll in record["variants"].values())
+        if record["method"] == "mixture":
+            assert set(record["variants"]) == {"2", "4", "2, strong", "4, strong", "calibrated"}
+            chosen = record["setting"]
+            name = chosen["chosen"] + (", strong" if chosen["regularisation"] == "strong" else "")
+            assert record["variants"][name] == record["nll"]
+    expected = {(task.name, m.name) for task in (small("age"), small("pose")) for m in METHODS if m.suits(task)}
     assert seen == expected
+    assert ("age", "mixture-atoms") not in seen and ("pose", "ours-tuned") in seen
+
+
+def test_a_mixture_with_slabs_is_told_of_the_atoms() -> None:
+    rng = np.random.default_rng(0)
+    fold = made_up(1)
+    y = np.where(rng.random((ROWS, 1)) < 0.5, 0.05 * rng.uniform(-1, 1, (ROWS, 1)), fold.split.y)
+    split = dataclasses.replace(fold.split, y=y, slabs=((-0.05, 0.05),))
+    model = methods._slab_mixture(split, 2, 0.0)
+    model.fit_preprocessing(split.x, split.y)
+    torch.nn.init.normal_(model.proposal.module.weights.weight)
+    p = model.double().eval()(split.x[:3])
+    grid = np.sort(
+        np.concatenate([np.linspace(-60, 60, 40_001), [-0.05 - 1e-6, -0.05 + 1e-6, 0.05 - 1e-6, 0.05 + 1e-6]])
+    )
+    density = p.prob(torch.as_tensor(grid)[:, None, None].expand(-1, 3, 1)).numpy()
+    # Edges are rounded to single precision: 1e-6 of a slab that is up to ten high.
+    np.testing.assert_allclose(np.trapezoid(density, grid, axis=0), 1, atol=1e-3)
+    inside, beside = p.prob(torch.tensor([0.049, 0.051])[:, None, None].expand(-1, 3, 1)).numpy()
+    log_weights = model.energy(torch.as_tensor(split.x[:3]).double()).q.log_weights
+    np.testing.assert_allclose(inside - beside, log_weights[:, 1].exp().detach() / 0.1, rtol=1e-2)
+
+
+def test_a_setting_that_diverges_is_not_chosen() -> None:
+    def diverges(*_: object) -> tuple[object, float]:
+        raise er.TrainingError("the loss is nan")
+
+    good = methods._candidate(lambda split, dropout: methods._mixture(split, 1, dropout))
+    fold, task = made_up(1), small("age")
+    outcome = methods._tuned(lambda: {"bad": diverges, "good": good})(task, fold.split, 0)
+    assert outcome.setting["chosen"] == "good" and set(outcome.variants) == {"good", "good, strong", "calibrated"}
+    with pytest.raises(er.TrainingError, match="the loss is nan"):
+        methods._tuned(lambda: {"bad": diverges})(task, fold.split, 0)
 
 
 def test_direct_regression_is_least_squares_with_the_validation_residuals_as_scale() -> None:
@@ -147,7 +185,6 @@ def test_the_resolution_of_steering_is_found() -> None:
 
 def test_grid_keeps_places_and_stages_have_all_channels() -> None:
     pytest.importorskip("timm")
-    import torch
 
     from energyreg.image_encoders import ImageEncoder
 

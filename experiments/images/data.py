@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energyreg.datasets import (
+    atoms,
     load_donkeycar,
     load_headpose_features,
     load_utkface,
@@ -20,7 +21,7 @@ from energyreg.datasets import (
 from experiments.images.features import Grid, Stages, features_of, pooled
 from experiments.uci.data import VALIDATION, Split
 
-__all__ = ["TASKS", "Fold", "Task", "dequantise"]
+__all__ = ["TASKS", "Fold", "Rows", "Task", "dequantise"]
 
 Array = NDArray[np.float64]
 
@@ -29,12 +30,25 @@ BLOCK, GAP = 200, 20
 correlates by .24, of 50 by .01 or less in size but for the laps that return to the same bends."""
 TIME = (0.7, 0.1, 0.2)
 """Shares of the blocks for training, validation and test."""
+ATOM = 0.05
+"""Share of the training rows with one value of the steering from which on it is an atom."""
 CELLS = (100, 30, 70)
 """Pictures of cells for training, validation and test."""
 VALIDATION_SEQUENCES = ("02", "09", "19")
 """Sequences of BIWI's training part that are held out, as in `experiments.several_outputs`."""
 POSE_TRAIN_STRIDE, POSE_VALIDATION_STRIDE, POSE_TEST_STRIDE = 2, 8, 4
 """Neighbours in a video are alike: so many frames on is the next one that is trained on, validated on, and judged."""
+
+
+@dataclass(frozen=True)
+class Rows(Split):
+    """Inputs and targets, with what is known of atoms.
+
+    Attributes:
+        slabs: Ends of the cells that atoms were spread over, in user units; for one target.
+    """
+
+    slabs: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Fold:
         ridge: Mean absolute error of ridge regression on the test rows, one a target, where it is a target of the task.
     """
 
-    split: Split
+    split: Rows
     exact: Array
     ridge: Sequence[float] | None = None
 
@@ -90,9 +104,11 @@ def dequantise(y: Array, step: float, name: str) -> Array:
     return y + step * np.random.default_rng(zlib.crc32(name.encode())).uniform(-0.5, 0.5, y.shape)
 
 
-def _fold(x: Array, y: Array, exact: Array, parts: Sequence[NDArray[np.int64]]) -> Fold:
+def _fold(
+    x: Array, y: Array, exact: Array, parts: Sequence[NDArray[np.int64]], slabs: tuple[tuple[float, float], ...] = ()
+) -> Fold:
     train, held_out, test = parts
-    return Fold(Split(x[train], y[train], x[held_out], y[held_out], x[test], y[test]), exact[test])
+    return Fold(Rows(x[train], y[train], x[held_out], y[held_out], x[test], y[test], slabs), exact[test])
 
 
 def age(data: Path, cache: Path, seed: int) -> Fold:
@@ -116,8 +132,10 @@ def steering(data: Path, cache: Path, seed: int) -> Fold:
     x = features_of(task.files, 112, Grid, cache)
     assert task.time is not None
     parts = split_by_blocks(task.time, BLOCK, fractions=TIME, gap=GAP, groups=task.groups, seed=seed)
-    y = dequantise(task.targets, steering_step(task.targets), "steering")
-    return _fold(x, y, task.targets, parts)
+    step = steering_step(task.targets)
+    y = dequantise(task.targets, step, "steering")
+    slabs = tuple((value - step / 2, value + step / 2) for value in atoms(task.targets[parts[0]], ATOM))
+    return _fold(x, y, task.targets, parts, slabs)
 
 
 def cells(data: Path, cache: Path, seed: int) -> Fold:
@@ -159,7 +177,7 @@ def pose(data: Path, cache: Path, seed: int) -> Fold:
     own = train.subset(np.flatnonzero((train.groups != "") & ~held_out)[::POSE_TRAIN_STRIDE])
     other = train.subset(np.flatnonzero(held_out)[::POSE_VALIDATION_STRIDE])
     few = test.subset(np.arange(0, len(test), POSE_TEST_STRIDE))
-    split = Split(own.x, own.targets, other.x, other.targets, few.x, few.targets)
+    split = Rows(own.x, own.targets, other.x, other.targets, few.x, few.targets)
     return Fold(split, few.targets, _ridge(split))
 
 

@@ -20,7 +20,7 @@ __all__ = ["report"]
 
 Records = dict[tuple[str, str], dict[int, dict[str, Any]]]
 
-ENERGIES = ("ours", "ours-gaussian", "ours-marginal", "ours-joint", "nce", "learned", "snl")
+ENERGIES = ("ours-tuned", "ours", "ours-gaussian", "ours-marginal", "ours-joint", "nce", "learned", "snl")
 """Energy-based models of one network each; ensembles are compared with ensembles."""
 DIRECT = ("direct-l2", "direct-l1")
 RIDGE = (4.4, 5.4, 4.3)
@@ -42,8 +42,18 @@ def common(records: Records, task: str, *methods: str) -> list[int]:
 
 
 def values(records: Records, task: str, method: str, score: str, seeds: Sequence[int]) -> np.ndarray:
-    """A score on some seeds; a diverged one counts as infinite, a missing one as none."""
-    found = [records[task, method][seed].get(score, math.nan) for seed in seeds]
+    """A score on some seeds; a diverged one counts as infinite, a missing one as none.
+
+    "nll of NAME" is the NLL of what was trained on the way by that name.
+    """
+    variant = score.removeprefix("nll of ") if score.startswith("nll of ") else None
+
+    def one(record: dict[str, Any]) -> float | None:
+        found = record.get(score, math.nan) if variant is None else record.get("variants", {}).get(variant, math.nan)
+        assert found is None or isinstance(found, (int, float))
+        return found
+
+    found = [one(records[task, method][seed]) for seed in seeds]
     return np.array([math.inf if value is None else value for value in found], dtype=float)
 
 
@@ -74,9 +84,12 @@ def _present(records: Records, task: str) -> list[str]:
 
 def _scores_table(records: Records, task: str) -> list[str]:
     several = len(next(t for t in TASKS if t.name == task).targets) > 1
-    columns = [("NLL", "nll", 3), ("energy score" if several else "CRPS", "crps", None), ("MAE", "mae", None),
-               ("MAE, refined", "mae_refined", None), ("coverage", "coverage", 3), ("width", "width", None),
-               ("training (s)", "fit_seconds", 0), ("test rows (s)", "predict_seconds", 1)]  # fmt: skip
+    columns = [
+        ("NLL", "nll", 3), ("calibrated", "nll of calibrated", 3),
+        ("energy score" if several else "CRPS", "crps", None), ("MAE", "mae", None),
+        ("MAE, refined", "mae_refined", None), ("coverage", "coverage", 3), ("width", "width", None),
+        ("training (s)", "fit_seconds", 0), ("test rows (s)", "predict_seconds", 1),
+    ]  # fmt: skip
     lines = ["| method | seeds | " + " | ".join(title for title, _, _ in columns) + " |",
              "|---|---|" + "---|" * len(columns)]  # fmt: skip
     places = {}
@@ -154,6 +167,7 @@ def _verdicts(records: Records) -> list[str]:
             good, told = good + _beyond(found), told + 1
             parts.append(f"{task} ({ours}) {mean_and_error(found, 3, '+')}, {_mark(_beyond(found), len(found) > 1)}")
         lines.append(f"- NLL below the {other}'s by more than 1 s.e.: **{good} of {told}** tasks. {'; '.join(parts)}.")
+    lines += _calibrated(records, tasks)
     parts, good, told = [], 0, 0
     for task in tasks:
         ours, direct = chosen[task], best_direct(records, task)
@@ -171,6 +185,20 @@ def _verdicts(records: Records) -> list[str]:
     lines += _age(records, chosen)
     lines += _pose(records)
     return lines
+
+
+def _calibrated(records: Records, tasks: Sequence[str]) -> list[str]:
+    """Ours against the mixture where both are calibrated, and where the mixture is told of the atoms too."""
+    parts = []
+    for task in tasks:
+        for other in ("mixture", "mixture-atoms"):
+            if common(records, task, "ours-tuned", other):
+                found = difference(records, task, "ours-tuned", other, "nll of calibrated")
+                name = task if other == "mixture" else f"{task} against {other}"
+                parts.append(f"{name} {mean_and_error(found, 3, '+')}, {_mark(_beyond(found), len(found) > 1)}")
+    if not parts:
+        return []
+    return [f"- The same of ours-tuned, both calibrated on the validation rows: {'; '.join(parts)}."]
 
 
 def taught(records: Records, task: str) -> np.ndarray:
@@ -228,7 +256,7 @@ def _pose(records: Records) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-COLOURS = {"gaussian": "#999999", "mixture": "#d95f02", "ours": "#1b6ca8"}
+COLOURS = {"gaussian": "#999999", "mixture": "#d95f02", "ours-tuned": "#1b6ca8"}
 
 
 def draw(records: Records, task: str, folder: Path) -> Path | None:
@@ -301,11 +329,19 @@ def report(results: Path, pictures: Path | None = None) -> None:
 def _notes(records: Records, task: str) -> list[str]:
     """What the tables leave out: the mixtures that were tried, and how exact Z is where it is sampled."""
     lines = []
-    if found := records.get((task, "mixture")):
-        names = list(next(iter(found.values()))["variants"])
-        tried = [f"K = {k} {mean_and_error(np.array([r['variants'][k] for r in found.values()]), 3)}" for k in names]
-        chosen = ", ".join(str(record["setting"]["components"]) for record in found.values())
-        lines += [f"NLL of the mixtures that were tried: {', '.join(tried)}; chosen K by seed: {chosen}.", ""]
+    for method in ("mixture", "mixture-atoms", "ours-tuned"):
+        if not (found := records.get((task, method))):
+            continue
+        names = [name for name in next(iter(found.values()))["variants"] if name != "calibrated"]
+        tried = [
+            f"{name} {mean_and_error(values(records, task, method, f'nll of {name}', sorted(found)), 3)}"
+            for name in names
+        ]
+        chosen = "; ".join(
+            f"{record['setting']['chosen']}, {record['setting']['regularisation']}"
+            for _, record in sorted(found.items())
+        )
+        lines += [f"NLL of what {method} tried: {'; '.join(tried)}. Chosen by seed: {chosen}.", ""]
     errors = {
         method: values(records, task, method, "nll_integration_se", common(records, task, method)).max()
         for method in _present(records, task)

@@ -21,7 +21,7 @@ from experiments.images.scores import judge, picture
 __all__ = ["RESULTS", "path_of", "run", "work"]
 
 RESULTS = Path(__file__).parent / "results"
-PICTURED = ("gaussian", "mixture", "ours")
+PICTURED = ("gaussian", "mixture", "ours-tuned")
 """Methods whose densities are kept for the pictures, of the first seed."""
 
 Piece = tuple[Task, Method, int]
@@ -34,7 +34,7 @@ def work(tasks: Sequence[Task], methods: Sequence[Method], seeds: int) -> list[P
         for seed in range(seeds)
         for method in methods
         for task in tasks
-        if seed < task.seeds and len(task.targets) in method.dims
+        if seed < task.seeds and method.suits(task)
     ]
 
 
