@@ -386,3 +386,5 @@ def test_the_proposal_hears_of_a_standardised_energy_unless_detached(detach: boo
     f, _, z = model.condition(torch.randn(4, 3, dtype=torch.double), torch.randn(4, 2, dtype=torch.double))
     f(z).sum().backward()
     assert (model.proposal.output.weight.grad is None) == detach
+    assert (model.encoder.layers[0].weight.grad is None) == detach
+    assert model.head.output.weight.grad is not None

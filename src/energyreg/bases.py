@@ -355,8 +355,9 @@ class ProposalBase(nn.Module):
     .. math:: v = \frac{t}{\sqrt{2 + t^2}}, \qquad t = \frac{y - E_q[y|x]}{\sqrt{Var_q[y|x]}}
 
     (2 F(t) - 1 with F the cdf of Student's t with two degrees of freedom.) Then g is a correction of the proposal's
-    shape, of which few rows say enough, while the proposal says where the target is. A separable head takes several
-    times as long then, as no two rows share their coordinates.
+    shape, of which few rows say enough, while the proposal says where the target is. With `detach` the proposal, and an
+    encoder that it shares with the head, learn as they would without the head. A separable head takes several times as
+    long then, as no two rows share their coordinates.
 
     Args:
         reference: Unconditional measure that gives the head its coordinates and the quadrature its nodes. The marginal

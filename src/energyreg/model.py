@@ -387,6 +387,9 @@ class EnergyRegressionModel(nn.Module):
 
     def _energy(self, context: Tensor) -> EnergyFunction:
         both = self.encoder.split(context) if isinstance(self.encoder, TwinEncoder) else (context, context)
+        corrected = isinstance(self.base, ProposalBase) and self.base.standardised and self.base.detach
+        if corrected and not isinstance(self.encoder, TwinEncoder):  # the proposal learns as it would by itself
+            both = both[0].detach(), both[1]
         return EnergyFunction(self.head, both[0], self.base, self._q(both[1]))
 
     def energy(self, x: Any) -> EnergyFunction:
