@@ -73,9 +73,13 @@ def refine(
 
     y = wrap(y)
     value, gradient = value_and_gradient(y)
-    for _ in range(num_steps):
+    for number in range(1, num_steps + 1):
         trial = wrap(y + step * gradient)
-        trial_value, trial_gradient = value_and_gradient(trial)
+        if number == num_steps:  # nobody asks where it would go on to
+            with torch.no_grad():
+                trial_value, trial_gradient = function(trial), gradient
+        else:
+            trial_value, trial_gradient = value_and_gradient(trial)
         better = (trial_value >= value)[..., None]  # False for NaN: such a step is rejected too
         y = torch.where(better, trial, y)
         gradient = torch.where(better, trial_gradient, gradient)
