@@ -20,6 +20,8 @@ from energyreg.vision.detection import (
     save_head,
 )
 from energyreg.vision.roi_pool import Pyramid, assign_levels, roi_pool
+from energyreg.vision.rotated_pool import rotated_roi_pool
+from energyreg.vision.small_detector import small_detector
 
 __all__ = [
     "BoxBatch",
@@ -42,6 +44,8 @@ __all__ = [
     "load_head",
     "paired_iou",
     "roi_pool",
+    "rotated_roi_pool",
     "save_head",
+    "small_detector",
     "variance_voting",
 ]

@@ -634,12 +634,21 @@ class EnergyDetector(nn.Module):
         refined = usable
         if inference.num_steps:
             steps = [step for step in inference.step_size for _ in range(2)]
+            energies = torch.full_like(boxes[:, 0], -torch.inf)
+
+            def watched(z: Tensor) -> Tensor:
+                # A step is kept where f does not fall, so that its largest value is that of the refined box.
+                nonlocal energies
+                values = f(z)
+                energies = torch.where(values >= energies, values, energies).detach()
+                return values
+
             z = refine(
-                f, torch.zeros_like(boxes), num_steps=inference.num_steps, step_size=steps, decay=inference.decay
+                watched, torch.zeros_like(boxes), num_steps=inference.num_steps, step_size=steps, decay=inference.decay
             )
             refined = torch.minimum(f.space.to_user(z).clamp_min(0), limit)
             refined = torch.where(valid[:, None], refined, boxes)
-            found = {"detector_boxes": boxes, "energies": f(z), "boxes": refined}
+            found = {"detector_boxes": boxes, "energies": energies, "boxes": refined}
             # Clipping may, in principle, leave nothing of a box that has climbed out of its image.
             remains = (refined[:, 2:] > refined[:, :2]).all(1)
             usable = torch.where(remains[:, None], refined, usable)

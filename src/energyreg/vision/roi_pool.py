@@ -30,6 +30,8 @@ CANONICAL_SIZE = 224.0
 """Side in pixels of the boxes that belong to `CANONICAL_LEVEL`: that of ImageNet's crops (Lin et al., CVPR 2017)."""
 CANONICAL_LEVEL = 4
 """Level, whose nodes are 2⁴ pixels apart, for boxes of `CANONICAL_SIZE`."""
+FEW = 2**18
+"""Nodes that all boxes together may touch in one group."""
 LADDER = [1, 2, *(size for power in range(1, 20) for size in (3 * 2 ** (power - 1), 2 ** (power + 1)))]
 """Numbers of nodes along a side of a bin that boxes are grouped by: each at most one and a half times the last."""
 BLOCK = 2**20
@@ -190,19 +192,12 @@ def roi_pool(
     level = _indices(level, "level", count, pyramid.num_levels, device)
     channels = pyramid.channels
     if not count:
-        # Attached to the graph, so that a batch without boxes does not break a backward pass.
-        return (boxes.sum() + pyramid.table.sum()).to(pyramid.table.dtype) * boxes.new_zeros(
-            (0, channels, *bins), dtype=pyramid.table.dtype, device=device
-        )
+        return _nothing(pyramid, boxes, bins)
 
     finite = boxes.detach().isfinite().all(1)
     corners = torch.where(finite[:, None], boxes, torch.zeros_like(boxes)).to(device, dtype)
-    sizes = torch.tensor(pyramid.sizes, device=device)
-    areas = [height * width for height, width in pyramid.sizes]
-    offsets = [pyramid.num_images * sum(areas[:place]) for place in range(len(areas))]
-    corners = corners * torch.tensor(pyramid.scales, device=device, dtype=dtype)[level][:, None]
-    height, width = sizes[level].unbind(1)
-    start = torch.tensor(offsets, device=device)[level] + image * height * width
+    scale, start, height, width = _places(pyramid, level, image, dtype)
+    corners = corners * scale[:, None]
     y_axis = _Axis.of(corners[:, 1], corners[:, 3], bins[0], height)
     x_axis = _Axis.of(corners[:, 0], corners[:, 2], bins[1], width)
 
@@ -220,11 +215,27 @@ def roi_pool(
         parts.append(part.view(len(rows), *bins, channels))
         order.append(rows)
     pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
-    # The inverse of the permutation that the groups made.
-    pooled = pooled.index_select(0, torch.cat(order).argsort()).permute(0, 3, 1, 2)
+    groups = torch.cat(order)
+    pooled = _Reorder.apply(pooled, groups.argsort(), groups).permute(0, 3, 1, 2)
     if not bool(finite.all()):
         pooled = torch.where(finite.to(device)[:, None, None, None], pooled, torch.nan)
     return pooled.to(pyramid.table.dtype)
+
+
+def _nothing(pyramid: Pyramid, boxes: Tensor, bins: tuple[int, int]) -> Tensor:
+    """No rows, but attached to the graph, so that a batch without boxes does not break a backward pass."""
+    empty = boxes.new_zeros((0, pyramid.channels, *bins), dtype=pyramid.table.dtype, device=pyramid.table.device)
+    return (boxes.sum() + pyramid.table.sum()).to(pyramid.table.dtype) * empty
+
+
+def _places(pyramid: Pyramid, level: Tensor, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of each box's map: nodes per pixel, its first row in the table, its height and its width, shape (R,) each."""
+    device = pyramid.table.device
+    areas = [height * width for height, width in pyramid.sizes]
+    offsets = [pyramid.num_images * sum(areas[:place]) for place in range(len(areas))]
+    height, width = torch.tensor(pyramid.sizes, device=device)[level].unbind(1)
+    start = torch.tensor(offsets, device=device)[level] + image * height * width
+    return torch.tensor(pyramid.scales, device=device, dtype=dtype)[level], start, height, width
 
 
 @dataclass(frozen=True)
@@ -283,6 +294,9 @@ def _hat_integral(t: Tensor) -> Tensor:
 def _groups(ky: Tensor, kx: Tensor, bins: int) -> list[tuple[Tensor, int, int]]:
     """Boxes whose bins touch about as many nodes: their rows, and the nodes along y and x."""
     ky, kx = _round_up(ky), _round_up(kx)
+    y, x = int(ky.max()), int(kx.max())
+    if len(ky) * bins * y * x <= FEW:  # what is touched in vain costs less than another group
+        return [(torch.arange(len(ky), device=ky.device), y, x)]
     key = ky * 2**20 + kx
     order = key.argsort()
     kinds, counts = torch.unique_consecutive(key[order], return_counts=True)
@@ -369,6 +383,20 @@ class _BagGradient(torch.autograd.Function):
         return to_table, to_weights, to_gradient, None, None, None
 
 
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; its gradient goes back by the inverse, where PyTorch's own would add up row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(gradient, inverse, order), None, None
+
+
 def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:
     pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
@@ -376,12 +404,12 @@ def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _check_boxes(boxes: Tensor) -> None:
+def _check_boxes(boxes: Tensor, columns: int = 4, meaning: str = "corners (x1, y1, x2, y2)") -> None:
     if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
         found = f"dtype {boxes.dtype}" if isinstance(boxes, Tensor) else f"type {type(boxes).__name__}"
-        raise TypeError(f"boxes has {found}; expected a floating-point tensor of shape (R, 4).")
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes has shape {tuple(boxes.shape)}; expected (R, 4): corners (x1, y1, x2, y2).")
+        raise TypeError(f"boxes has {found}; expected a floating-point tensor of shape (R, {columns}).")
+    if boxes.ndim != 2 or boxes.shape[1] != columns:
+        raise ValueError(f"boxes has shape {tuple(boxes.shape)}; expected (R, {columns}): {meaning}.")
 
 
 def _indices(index: Tensor | None, name: str, count: int, limit: int, device: torch.device) -> Tensor:
