@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from benchmarks import large_data, memory, predictions, roi_pool, shared_samples, startup, steps, trainings
+from benchmarks import large_data, memory, predictions, refinement, roi_pool, shared_samples, startup, steps, trainings
 from benchmarks.rows import Benchmark
 from energyreg.checkpoint import write_atomically
 
@@ -23,6 +23,7 @@ BENCHMARKS: list[Benchmark] = [
     *memory.BENCHMARKS,
     *large_data.BENCHMARKS,
     *roi_pool.BENCHMARKS,
+    *refinement.BENCHMARKS,
     *(row for row in steps.BENCHMARKS if row.name.startswith("growth")),
     *predictions.BENCHMARKS[2:],
     *startup.BENCHMARKS,

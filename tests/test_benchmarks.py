@@ -251,6 +251,15 @@ def test_poolings_are_compared_with_their_gradients() -> None:
     assert shapes == {"boxes": [boxes], "boxes and features": [maps, boxes], "RoIAlign, features": [maps]}
 
 
+def test_the_share_of_the_refinement_is_what_it_adds_to_the_detector() -> None:
+    pytest.importorskip("torchvision")
+    (benchmark,) = (row for row in table.BENCHMARKS if row.name == "refinement-small-10")
+    measurement = benchmark.measure(Options(rounds=1, tiny=True))
+    seconds = measurement.seconds
+    assert measurement.value == pytest.approx(seconds["refined"] / seconds["detector"] - 1)
+    assert "share with a head of width 256" in measurement.details
+
+
 def test_command_measures_in_a_process_of_its_own_and_writes(tmp_path) -> None:
     options = ["--tiny", "--quick", "--only", "separable", "--threads", "1", "--rounds", "1", "--output", str(tmp_path)]
     assert command.main(options) == 0
