@@ -1,5 +1,6 @@
 """The examples of image regression run on a user's folder: a few tiny images, a tiny network, an epoch."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ matplotlib = pytest.importorskip("matplotlib")
 pandas = pytest.importorskip("pandas")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("torchmetrics")
 pytest.importorskip("sklearn")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -46,7 +49,7 @@ def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
         pyplot.close("all")
 
 
-@pytest.mark.parametrize("name", ONE_COMMAND)
+@pytest.mark.parametrize("name", [*ONE_COMMAND, "detection.py"])
 def test_an_example_fits_on_a_page(name: str) -> None:
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 60
 
@@ -87,3 +90,35 @@ def test_head_poses_of_given_features(
     run("head_pose.py", "--features", "train.npz", "test.npz", "--epochs", 1, monkeypatch=monkeypatch)
     assert "on 3 heads" in capsys.readouterr().out
     assert Path("poses.png").stat().st_size > 1000
+
+
+def test_boxes_with_uncertainty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also from where it was interrupted, and from COCO's JSON."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    rows, annotations = ["image,x1,y1,x2,y2,label"], []
+    for number in range(10):
+        x, y = rng.integers(2, 20, 2).tolist()
+        pixels = np.full((48, 64, 3), 90, np.uint8)
+        pixels[y : y + 24, x : x + 36] = 220
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+        rows.append(f"{number}.png,{x},{y},{x + 36},{y + 24},box")
+        annotations.append({"id": number, "image_id": number, "category_id": 7, "bbox": [x, y, 36, 24]})
+    (tmp_path / "boxes.csv").write_text("\n".join(rows))
+    images = [{"id": number, "file_name": f"{number}.png", "height": 48, "width": 64} for number in range(10)]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "box"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    tiny = ["images", "--backbone", "timm:test_resnet", "--weights", "none", "--size", 64, "--epochs", 1]
+    printed = []
+    for boxes in ("boxes.csv", "boxes.csv", "boxes.json"):
+        run("detection.py", *tiny[:1], boxes, *tiny[1:], monkeypatch=monkeypatch)
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("AP ")])
+    # The second goes on where the first has ended, so it does not train; the third is of the same boxes.
+    assert len(printed[0]) == 1 and "AP50" in printed[0][0] and "nan" not in printed[0][0]
+    assert printed[0] == printed[1] == printed[2]
+    assert Path("boxes.training").is_dir()
+    picture = np.asarray(Image.open("boxes.png").convert("L"))
+    assert (picture < 250).mean() > 0.05
