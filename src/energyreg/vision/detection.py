@@ -573,10 +573,8 @@ class EnergyDetector(nn.Module):
 
             - "detector_boxes": the boxes before, (N, 4), unless `num_steps` is 0.
             - "energies": f of the boxes before clipping and vote, (N,), unless `num_steps` is 0.
-            - "box_stddevs": standard deviations of the corners' coordinates in pixels, (N, 4), where `num_samples` is
-              given; the others below need it, too.
-            - "box_effective_samples": how many samples the importance samples are worth, (N,). Few mean that the
-              density is not known.
+            - "box_stddevs": standard deviations of the corners in pixels, (N, 4); this and the rest need `num_samples`.
+            - "box_effective_samples": samples that the weighted ones are worth, (N,); with few the density is unknown.
             - "box_samples": boxes drawn from the density, (N, S, 4).
             - "iou_probabilities": probability that the IoU with the true box exceeds each threshold, (N, T).
             - "detector_scores": the scores before, where `rescore` is on; "scores" are multiplied by "expected_ious".
