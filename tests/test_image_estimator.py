@@ -129,6 +129,34 @@ def test_fine_tuning_moves_the_last_stages_and_what_is_saved_predicts_alike(
     assert not any(parameter.requires_grad for parameter in loaded.encoder_.parameters())
 
 
+def test_a_fine_tuning_that_was_killed_goes_on(data: tuple[list[str], np.ndarray], tmp_path: Path) -> None:
+    paths, y = data
+    calls = 0
+
+    def dies(image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls > 150:  # in the second epoch: 64 images are looked at beforehand, and an epoch has 64
+            raise RuntimeError("killed")
+        return image, target
+
+    def lives(image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return image, target
+
+    torch.manual_seed(0)
+    torch.save(er.ImageEncoder("timm:test_resnet").network.state_dict(), tmp_path / "weights.pth")
+    settings = {**FEW, **BACKBONE, "weights": tmp_path / "weights.pth", "epochs": 1, "fine_tune": 3}
+    whole = er.ImageRegressor(**settings, augment=lives).fit(paths, y)
+    with pytest.raises(Exception, match="killed"):
+        er.ImageRegressor(**settings, augment=dies, checkpoint_dir=tmp_path / "state").fit(paths, y)
+    assert (tmp_path / "state" / "last.safetensors").exists()
+    resumed = er.ImageRegressor(**settings, augment=lives, checkpoint_dir=tmp_path / "state").fit(paths, y)
+    for name, tensor in whole.encoder_.network.state_dict().items():
+        assert torch.equal(resumed.encoder_.network.state_dict()[name], tensor), name
+    assert np.array_equal(resumed.score_samples(paths, y), whole.score_samples(paths, y))
+    assert er.ImageRegressor.load(resumed.save(tmp_path / "model")).checkpoint_dir == str(tmp_path / "state")
+
+
 def test_a_network_of_ones_own_is_handed_to_load(
     fitted: er.ImageRegressor, data: tuple[list[str], np.ndarray], tmp_path: Path
 ) -> None:

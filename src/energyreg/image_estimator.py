@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import nn
 
 from energyreg import checkpoint, tablefiles
@@ -50,6 +51,8 @@ class ImageRegressor(EnergyRegressor):
         folder: Where relative paths start; the working directory by default.
         cache: Folder in which features are kept, so that an image goes through a network once; None for none. See
             :func:`~energyreg.images.extract_features`.
+        checkpoint_dir: Folder in which each epoch of the fine-tuning is kept; a `fit` of the same images and settings
+            goes on from there, as after a kill. None for none.
         on_error: What `fit` does with a file that cannot be read: "raise", or "skip" it and warn. A prediction for
             such a file is always an error.
         duplicates: Whether two rows of `fit` may name one file: "raise" or "allow".
@@ -107,6 +110,7 @@ class ImageRegressor(EnergyRegressor):
         image: str = "image",
         folder: Any = None,
         cache: Any = None,
+        checkpoint_dir: Any = None,
         on_error: str = "raise",
         duplicates: str = "raise",
         image_batch_size: int = 64,
@@ -142,6 +146,7 @@ class ImageRegressor(EnergyRegressor):
         self.image = image
         self.folder = folder
         self.cache = cache
+        self.checkpoint_dir = checkpoint_dir
         self.on_error = on_error
         self.duplicates = duplicates
         self.image_batch_size = image_batch_size
@@ -319,7 +324,9 @@ class ImageRegressor(EnergyRegressor):
         self._steps = self._steps_of(targets)
         z = self._continuous(targets, rng)
         encoder = self._new_encoder(self.trainable)
-        model = EnergyRegressionModel.for_table(1, space, width=encoder.num_features)
+        with torch.random.fork_rng(devices=[]):  # random_state decides, not what was drawn before
+            torch.manual_seed(self._seed())
+            model = EnergyRegressionModel.for_table(1, space, width=encoder.num_features)
         model.encoder = encoder
         model.to(self._device()).fit_preprocessing(None, z[train])
         size = min(self.image_batch_size, len(train))
@@ -337,7 +344,7 @@ class ImageRegressor(EnergyRegressor):
             self.fine_tuning_ = fit(
                 model, loader, epochs=epochs, learning_rate=self.fine_tune_learning_rate, seed=self._seed(),
                 validation=None if held is None else image_loader(held, size, workers=self.workers),
-                progress=bool(self.verbose),
+                checkpoint_dir=self.checkpoint_dir, resume=self.checkpoint_dir is not None, progress=bool(self.verbose),
             )  # fmt: skip
         encoder.trainable = "none"
         encoder._freeze("none")
@@ -381,7 +388,7 @@ class ImageRegressor(EnergyRegressor):
 
     def _to_store(self, state: dict[str, Any]) -> dict[str, Any]:
         parameters = state["parameters"]
-        for name in ("folder", "cache"):
+        for name in ("folder", "cache", "checkpoint_dir"):
             parameters[name] = None if parameters[name] is None else os.fspath(parameters[name])
         # The file has the network itself; the augmentation was of use in training only.
         parameters |= {"augment": None, "weights": None}
