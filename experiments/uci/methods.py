@@ -100,8 +100,9 @@ class _Mixture(EnergyRegressor):
     """The estimator with a mixture density network in place of the energy: all else, the encoder too, is the same."""
 
     def _new_model(
-        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None
-    ) -> EnergyRegressionModel:
+        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None,
+        slabs: Sequence[tuple[float, float]] = (),
+    ) -> EnergyRegressionModel:  # fmt: skip
         return EnergyRegressionModel.mixture_for_table(
             num_features, space, num_components=self.num_components, width=self._width(rows), depth=self.depth,
             dropout=dropout, num_rows=rows, frequency_scale=frequency_scale,
@@ -112,8 +113,9 @@ class _Flow(EnergyRegressor):
     """The estimator with a neural spline flow in place of the energy; `num_components` are its bins."""
 
     def _new_model(
-        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None
-    ) -> EnergyRegressionModel:
+        self, num_features: int, space: TargetSpace, rows: int, frequency_scale: float | None, dropout: float | None,
+        slabs: Sequence[tuple[float, float]] = (),
+    ) -> EnergyRegressionModel:  # fmt: skip
         import zuko
 
         width = self._width(rows)

@@ -146,8 +146,9 @@ class Marginal(nn.Module):
         self.register_buffer("step", torch.ones(dim))
         for name in ("cdf_table", "pdf_table", "log_pdf_table", "slope_table"):
             self.register_buffer(name, torch.zeros(dim, num_knots + 1))
-        self.register_buffer("slab_ends", torch.tensor(self.slabs).reshape(-1, 2))
-        self.register_buffer("slab_shares", torch.zeros(len(self.slabs)))
+        if self.slabs:
+            self.register_buffer("slab_ends", torch.tensor(self.slabs))
+            self.register_buffer("slab_shares", torch.zeros(len(self.slabs)))
         # A standard normal target until `fit`, so that an unfitted model is a model too.
         normal = torch.special.ndtri((torch.arange(512, dtype=torch.double) + 0.5) / 512)
         circle = (torch.arange(512, dtype=torch.double) + 0.5) / 512 * 2 * math.pi - math.pi
