@@ -60,7 +60,6 @@ class Backbone(nn.Module):
         self.mean, self.std = encoder.mean, encoder.std
         self.stem = nn.Sequential(network.conv_stem, network.bn1)
         self.stages = nn.ModuleList(network.blocks)
-        counts = [int(network.feature_info[0]["num_chs"])]
         with torch.no_grad():
             x, counts = self.stem(torch.zeros(1, 3, 32, 32)), []
             for stage in self.stages:

@@ -153,7 +153,7 @@ def second_stage(detector: Any, outputs: int = 1) -> BoxEnergyHead:
 def outputs_of(head: BoxEnergyHead, seen: Seen, rows: Boxes) -> Tensor:
     """All outputs for boxes, (N, outputs)."""
     pooled = roi_pool(seen.pyramid, rows.boxes, rows.image, output_size=head.pool_size)
-    return head.output(head.fc7(head.fc6(pooled.flatten(1)).relu()).relu())
+    return head.output(head.hidden(pooled))
 
 
 def energy(head: BoxEnergyHead, seen: Seen, rows: Boxes) -> BoxEnergy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from energyreg.checkpoint import write_atomically
 from experiments.detection.data import SETS
 from experiments.detection.methods import METHODS
 from experiments.detection.scores import THRESHOLDS
+from experiments.images.report import standard_error
 
 __all__ = ["report"]
 
@@ -36,11 +36,6 @@ def read(results: Path) -> Records:
         if {"set", "fold", "method"} <= set(record):
             records[record["set"], record["method"]][record["fold"]] = record
     return dict(records)
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean; not a number where there are less than two."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def mean_and_error(values: np.ndarray, digits: int = 1, sign: str = "") -> str:

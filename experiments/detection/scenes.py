@@ -207,7 +207,7 @@ class MixtureNetwork(nn.Module):
         """The mixture over :class:`Borders`."""
         pyramid = _pyramid(self.backbone, scenes) if pyramid is None else pyramid
         pooled = roi_pool(pyramid, scenes.reference, torch.arange(len(scenes.boxes)), output_size=POOL)
-        return self.mixture(self.head.fc7(self.head.fc6(pooled.flatten(1)).relu()).relu())
+        return self.mixture(self.head.hidden(pooled))
 
     def log_prob(self, scenes: Scenes, boxes: Tensor) -> Tensor:
         """Log-density of boxes (*S, B, 4), in nats per pixel⁴, shape (*S, B)."""
@@ -267,22 +267,23 @@ class MixtureEnergyNetwork(MixtureNetwork):
         self.energy_head = BoxEnergyHead(CHANNELS, pool_size=POOL, width=WIDTH)
         self.objective = objective
 
-    def _parts(self, scenes: Scenes) -> tuple[Callable[[Tensor], Tensor], GaussianMixture, Borders]:
+    def _parts(self, scenes: Scenes) -> tuple[BoxEnergy, GaussianMixture, Borders]:
         pyramid = _pyramid(self.backbone, scenes)
         q, space = self.distribution(scenes, pyramid), Borders(scenes.reference)
-        g = _energy(self.energy_head, pyramid, space)
-        return (lambda z: g(z) + q.log_prob(z).detach()), q, space
+        return _energy(self.energy_head, pyramid, space), q, space
 
     def loss(self, scenes: Scenes, generator: torch.Generator) -> Tensor:
         """The objective's loss, shape (B,)."""
-        f, q, space = self._parts(scenes)
+        g, q, space = self._parts(scenes)
+
+        def f(z: Tensor) -> Tensor:
+            return g(z) + q.log_prob(z).detach()
+
         return self.objective(f, q, space.to_model(scenes.boxes), generator=generator)[0]
 
     def log_density(self, scenes: Scenes) -> Callable[[Tensor], Tensor]:
         """As for :class:`EnergyNetwork`, without a window."""
-        pyramid = _pyramid(self.backbone, scenes)
-        q, space = self.distribution(scenes, pyramid), Borders(scenes.reference)
-        g = _energy(self.energy_head, pyramid, space)
+        g, q, space = self._parts(scenes)
 
         def log_density(boxes: Tensor) -> Tensor:
             z = space.to_model(boxes)

@@ -54,6 +54,21 @@ def refine(
     >>> refine(lambda y: -(y - 1).square().sum(-1), torch.zeros(1, 2), num_steps=50).round(decimals=3)
     tensor([[1., 1.]])
     """
+    return refine_with_values(
+        function, start, num_steps=num_steps, step_size=step_size, decay=decay, periodic=periodic
+    )[0]
+
+
+def refine_with_values(
+    function: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    num_steps: int = 10,
+    step_size: float | Sequence[float] | Tensor = 0.1,
+    decay: float = 0.5,
+    periodic: Sequence[bool] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`refine`, with the function's values at the refined estimates, (*S, B), which are known on the way."""
     if num_steps < 0:
         raise ValueError(f"num_steps is {num_steps}; expected a whole number ≥ 0.")
     if not torch.as_tensor(step_size).gt(0).all():
@@ -85,7 +100,7 @@ def refine(
         gradient = torch.where(better, trial_gradient, gradient)
         value = torch.where(better[..., 0], trial_value, value)
         step = torch.where(better, step, step * decay)
-    return y
+    return y, value
 
 
 def _as_step(step_size: float | Sequence[float] | Tensor, y: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from energyreg.checkpoint import HEAD_FORMAT, CheckpointError, fingerprint, load
 from energyreg.noise import GaussianNoise
 from energyreg.objectives import NCE, Loss
 from energyreg.points import check_count
-from energyreg.refine import refine
+from energyreg.refine import refine_with_values
 from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, torchvision, variance_voting
 from energyreg.vision.roi_pool import Pyramid, roi_pool
 
@@ -220,10 +220,13 @@ class BoxEnergyHead(nn.Module):
         nn.init.normal_(self.output.weight, std=0.001)
         nn.init.zeros_(self.output.bias)
 
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """Pooled features (R, C, P, P) to those before the output, (R, width)."""
+        return self.fc7(self.fc6(pooled.flatten(1)).relu()).relu()
+
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """Pooled features (R, C, P, P) and classes (R,) to energies, in float32 at least, shape (R,)."""
-        hidden = self.fc7(self.fc6(pooled.flatten(1)).relu()).relu()
-        values = self.output(hidden).to(torch.promote_types(pooled.dtype, torch.float32))
+        values = self.output(self.hidden(pooled)).to(torch.promote_types(pooled.dtype, torch.float32))
         return values[:, 0] if self.num_outputs == 1 else values.gather(1, labels[:, None])[:, 0]
 
 
@@ -632,17 +635,8 @@ class EnergyDetector(nn.Module):
         refined = usable
         if inference.num_steps:
             steps = [step for step in inference.step_size for _ in range(2)]
-            energies = torch.full_like(boxes[:, 0], -torch.inf)
-
-            def watched(z: Tensor) -> Tensor:
-                # A step is kept where f does not fall, so that its largest value is that of the refined box.
-                nonlocal energies
-                values = f(z)
-                energies = torch.where(values >= energies, values, energies).detach()
-                return values
-
-            z = refine(
-                watched, torch.zeros_like(boxes), num_steps=inference.num_steps, step_size=steps, decay=inference.decay
+            z, energies = refine_with_values(
+                f, torch.zeros_like(boxes), num_steps=inference.num_steps, step_size=steps, decay=inference.decay
             )
             refined = torch.minimum(f.space.to_user(z).clamp_min(0), limit)
             refined = torch.where(valid[:, None], refined, boxes)
