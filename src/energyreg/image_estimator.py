@@ -20,7 +20,7 @@ from energyreg.image_encoders import ImageEncoder
 from energyreg.images import ImageFiles, _file_key, explain_memory, extract_features, image_loader
 from energyreg.model import EnergyRegressionModel
 from energyreg.tables import column_names, read_targets
-from energyreg.training import History, fit
+from energyreg.training import History, _caller_random_state, _seed_global, fit
 
 __all__ = ["ImageRegressor", "load_estimator"]
 
@@ -324,8 +324,8 @@ class ImageRegressor(EnergyRegressor):
         self._steps = self._steps_of(targets)
         z = self._continuous(targets, rng)
         encoder = self._new_encoder(self.trainable)
-        with torch.random.fork_rng(devices=[]):  # random_state decides, not what was drawn before
-            torch.manual_seed(self._seed())
+        with _caller_random_state():  # random_state decides, not what was drawn before
+            _seed_global(self._seed(), torch.device("cpu"))
             model = EnergyRegressionModel.for_table(1, space, width=encoder.num_features)
         model.encoder = encoder
         model.to(self._device()).fit_preprocessing(None, z[train])
