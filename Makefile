@@ -20,7 +20,7 @@ help: ## Show this list
 install: $(VENV)/.installed ## Make .venv with the library, ready to edit, and its tools (about three minutes, once)
 
 demo: install ## Train on the bundled protein table and write demo/report.html (under three minutes on two cores)
-	$(BIN)/python -m energyreg.demo --output demo
+	$(BIN)/python -m energyreg.cli.demo --output demo
 
 test: install ## Run the tests and the doctests
 	$(PYTEST)

@@ -19,7 +19,7 @@ import torch
 from benchmarks.children import ROOT, environment
 from benchmarks.rows import Options, Skipped
 from benchmarks.table import RESULTS, guarded_ratio, markdown, merge, read, select, verdict, write
-from energyreg.demo import describe_machine
+from energyreg.cli.demo import describe_machine
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:

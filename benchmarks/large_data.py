@@ -19,7 +19,7 @@ import torch
 from benchmarks.children import call
 from benchmarks.memory import MIB, _require_linux, _status
 from benchmarks.rows import Benchmark, Measurement, Options
-from energyreg.estimator import EnergyRegressor
+from energyreg.estimators.table import EnergyRegressor
 
 __all__ = ["BENCHMARKS", "fit_peak"]
 

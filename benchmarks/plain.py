@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from energyreg.heads import JointHead
+from energyreg.networks.heads import JointHead
 from experiments.one_dimensional.networks import WIDTH, EnergyNetwork
 from experiments.one_dimensional.networks import Linear as StackedLinear
 
@@ -53,7 +53,7 @@ class ToyNetwork(nn.Module):
 
 
 class JointNetwork(nn.Module):
-    """The network of a :class:`~energyreg.heads.JointHead`, on joined features.
+    """The network of a :class:`~energyreg.networks.heads.JointHead`, on joined features.
 
     Args:
         head: The head, for its sizes and weights.

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.rows import Benchmark, Measurement, Options, Skipped
 from benchmarks.timing import paired
-from energyreg.vision.detection import Inference, add_energy_head
+from energyreg.vision.detection.detector import Inference, add_energy_head
 
 __all__ = ["BENCHMARKS", "actions"]
 

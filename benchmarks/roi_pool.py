@@ -13,7 +13,7 @@ from benchmarks.children import call
 from benchmarks.memory import MIB, _require_linux, _reset_peak, _status
 from benchmarks.rows import Benchmark, Measurement, Options, Skipped
 from benchmarks.timing import paired
-from energyreg.vision.roi_pool import Pyramid, roi_pool
+from energyreg.vision.pooling.roi_pool import Pyramid, roi_pool
 
 __all__ = ["BENCHMARKS", "step_peak"]
 

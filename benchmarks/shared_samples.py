@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import energyreg as er
 from benchmarks.rows import Benchmark, Measurement, Options
 from benchmarks.timing import paired
-from energyreg.energy import EnergyFunction
-from energyreg.heads import JointHead, SeparableHead
-from energyreg.integrators import ImportanceSampling
+from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.integrators import ImportanceSampling
+from energyreg.networks.heads import JointHead, SeparableHead
 
 __all__ = ["BENCHMARKS"]
 

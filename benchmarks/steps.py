@@ -15,11 +15,11 @@ import energyreg as er
 from benchmarks import plain
 from benchmarks.rows import Benchmark, Measurement, Options, Skipped
 from benchmarks.timing import growth, paired
-from energyreg.bases import Lebesgue
-from energyreg.heads import JointHead
-from energyreg.noise import GaussianNoise
-from energyreg.objectives import NCE, ExactMaximumLikelihood, NCEWithLearnedProposal
-from energyreg.proposals import MixtureDensityNetwork
+from energyreg.densities.bases import Lebesgue
+from energyreg.densities.noise import GaussianNoise
+from energyreg.networks.heads import JointHead
+from energyreg.networks.proposals import MixtureDensityNetwork
+from energyreg.objectives.contract import NCE, ExactMaximumLikelihood, NCEWithLearnedProposal
 from experiments.one_dimensional import networks
 
 __all__ = ["BENCHMARKS", "joint_model", "matrix_products", "table", "training_step"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import large_data, memory, predictions, refinement, roi_pool, shared_samples, startup, steps, trainings
 from benchmarks.rows import Benchmark
-from energyreg.checkpoint import write_atomically
+from energyreg.files import write_atomically
 
 __all__ = ["BENCHMARKS", "RESULTS", "guarded_ratio", "markdown", "merge", "read", "select", "verdict", "write"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import energyreg as er
 from benchmarks import plain
 from benchmarks.rows import Benchmark, Measurement, Options
-from energyreg.noise import GaussianNoise
+from energyreg.densities.noise import GaussianNoise
 from experiments.one_dimensional.evaluation import cached_task
 from experiments.one_dimensional.settings import SETTINGS
 from experiments.one_dimensional.tasks import Task
@@ -194,7 +194,7 @@ def _ensemble(task: Task, members: int, options: Options) -> dict[str, Any]:
 
 
 def _protein(options: Options) -> Measurement:
-    from energyreg.demo import FULL, Setting, load, train
+    from energyreg.cli.demo import FULL, Setting, load, train
 
     narrow, wide = FULL
     if options.quick or options.tiny:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from energyreg.checkpoint import write_atomically
+from energyreg.files import write_atomically
 
 __all__ = ["claim", "do_each", "in_processes"]
 

@@ -340,7 +340,10 @@ def command_line(folder: Path) -> Iterator[tuple[str, Any]]:
     """The files that the commands write."""
     x, y = table()
     with tempfile.TemporaryDirectory() as place:
-        lines = ["a,b,kind,y", *(f"{r[0]:.6f},{r[1]:.6f},{'uv'[i % 2]},{t:.6f}" for i, (r, t) in enumerate(zip(x, y)))]
+        lines = [
+            "a,b,kind,y",
+            *(f"{r[0]:.6f},{r[1]:.6f},{'uv'[i % 2]},{t:.6f}" for i, (r, t) in enumerate(zip(x, y, strict=True))),
+        ]
         (Path(place) / "t.csv").write_text("\n".join(lines) + "\n")
         for arguments in (
             "fit t.csv --target y -o model --epochs 2 --members 2 --threads 1 --seed 0 --quiet",

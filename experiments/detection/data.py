@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from energyreg.checkpoint import write_atomically
+from energyreg.files import write_atomically
 
 __all__ = ["SETS", "BoxSet", "Fold", "Picture", "load"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from energyreg.checkpoint import load_training_state, save_training_state
-from energyreg.image_encoders import ImageEncoder
+from energyreg.models.checkpoint import load_training_state, save_training_state
+from energyreg.networks.image_encoders import ImageEncoder
 from energyreg.vision import Pyramid
 from experiments.detection.data import SIDE, BoxSet, Picture
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from energyreg.checkpoint import write_atomically
+from energyreg.files import write_atomically
 from experiments.detection.data import SETS
 from experiments.detection.methods import METHODS
 from experiments.detection.scores import THRESHOLDS

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from energyreg.demo import describe_machine
+from energyreg.cli.demo import describe_machine
 from energyreg.vision import paired_iou
 from experiments.claims import do_each, in_processes
 from experiments.detection.data import FOLDS, BoxSet, Fold, load, split

@@ -27,15 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from energyreg import objectives
-from energyreg.checkpoint import write_atomically
-from energyreg.demo import describe_machine
-from energyreg.noise import GaussianNoise
-from energyreg.proposals import GaussianMixture, MixtureDensityNetwork
-from energyreg.refine import refine
-from energyreg.vision.boxes import WINDOW, BoxSpace, _inside, box_noise, paired_iou
-from energyreg.vision.detection import BoxEnergy, BoxEnergyHead
-from energyreg.vision.roi_pool import Pyramid, roi_pool
+from energyreg.cli.demo import describe_machine
+from energyreg.densities.mixtures import GaussianMixture
+from energyreg.densities.noise import GaussianNoise
+from energyreg.files import write_atomically
+from energyreg.inference.ascent import refine
+from energyreg.networks.proposals import MixtureDensityNetwork
+from energyreg.objectives import contract as objectives
+from energyreg.vision.boxes.boxes import WINDOW, BoxSpace, _inside, box_noise, paired_iou
+from energyreg.vision.detection.detector import BoxEnergy, BoxEnergyHead
+from energyreg.vision.pooling.roi_pool import Pyramid, roi_pool
 from experiments.claims import do_each, in_processes
 
 __all__ = ["METHODS", "Scenes", "draw", "report", "run"]

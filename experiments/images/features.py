@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from energyreg.image_encoders import ImageEncoder
-from energyreg.images import ImageFiles, extract_features
+from energyreg.images.files import ImageFiles, extract_features
+from energyreg.networks.image_encoders import ImageEncoder
 
 __all__ = ["Grid", "Stages", "features_of", "pooled"]
 

@@ -1,7 +1,8 @@
 """The methods: one encoder, one budget, the library's objectives.
 
 All are trained by `energyreg.fit` with the weights of their best epoch on the validation rows, and all predict by a
-`PredictiveDistribution`. Each has a :class:`~energyreg.encoders.VectorEncoder` of its own on the frozen features.
+`PredictiveDistribution`. Each has a :class:`~energyreg.networks.encoders.VectorEncoder` of its own on the frozen
+features.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Laplace, Normal
 
 import energyreg as er
-from energyreg import objectives
-from energyreg.bases import Lebesgue, Marginal, ProposalBase
-from energyreg.calibration import Calibration
-from energyreg.chain import AncestralSampling, ChainEncoder
-from energyreg.encoders import TwinEncoder, VectorEncoder
-from energyreg.heads import JointHead, SelfNormalisedHead, SeparableHead
-from energyreg.noise import GaussianNoise
-from energyreg.predictive import PredictiveDistribution
-from energyreg.proposals import DistributionProposal, GaussianMixture, MixtureDensityNetwork
-from energyreg.spaces import Real
+from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
+from energyreg.densities.mixtures import GaussianMixture
+from energyreg.densities.noise import GaussianNoise
+from energyreg.densities.spaces import Real
+from energyreg.models.calibration import Calibration
+from energyreg.models.chain import AncestralSampling, ChainEncoder
+from energyreg.models.predictive import PredictiveDistribution
+from energyreg.networks.encoders import TwinEncoder, VectorEncoder
+from energyreg.networks.heads import JointHead, SelfNormalisedHead, SeparableHead
+from energyreg.networks.proposals import DistributionProposal, MixtureDensityNetwork
+from energyreg.objectives import contract as objectives
 from experiments.images.data import Rows, Task
 
 __all__ = ["METHODS", "Method", "Outcome"]

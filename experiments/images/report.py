@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from energyreg.checkpoint import write_atomically
+from energyreg.files import write_atomically
 from experiments.images.data import TASKS
 from experiments.images.methods import METHODS, PAPER_COMPONENTS
 from experiments.images.run import PICTURED

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import energyreg as er
-from energyreg.demo import describe_machine
+from energyreg.cli.demo import describe_machine
 from experiments.claims import do_each, in_processes
 from experiments.images.data import Fold, Task
 from experiments.images.methods import Method

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from energyreg import metrics
-from energyreg.predictive import PredictiveDistribution
+from energyreg.evaluation import metrics
+from energyreg.models.predictive import PredictiveDistribution
 from experiments.images.data import Fold
 from experiments.images.methods import Outcome
 

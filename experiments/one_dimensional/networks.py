@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from energyreg.proposals import GaussianMixture
+from energyreg.densities.mixtures import GaussianMixture
 from experiments.one_dimensional.fused import extension, fused_energy
 
 __all__ = ["ConditionalMixture", "EnergyNetwork", "Linear", "MixtureHead", "Model", "XBranch", "tanh_network"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from energyreg.demo import describe_machine
+from energyreg.cli.demo import describe_machine
 from experiments.claims import do_each, in_processes
 from experiments.one_dimensional.training import Papers, Result, Setting
 

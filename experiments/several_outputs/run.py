@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 import energyreg as er
-from energyreg import metrics
-from energyreg.bases import Marginal, ProposalBase
-from energyreg.checkpoint import write_atomically
-from energyreg.demo import describe_machine
-from energyreg.proposals import MixtureDensityNetwork
-from energyreg.spaces import Real
+from energyreg.cli.demo import describe_machine
+from energyreg.densities.bases import Marginal, ProposalBase
+from energyreg.densities.spaces import Real
+from energyreg.evaluation import metrics
+from energyreg.files import write_atomically
+from energyreg.networks.proposals import MixtureDensityNetwork
 from experiments.several_outputs.tasks import TASKS, Task
 
 __all__ = ["METHODS", "RESULTS", "run"]

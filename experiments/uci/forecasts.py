@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from energyreg import EnergyRegressor, metrics
+from energyreg import EnergyRegressor
+from energyreg.evaluation import metrics
 
 __all__ = ["EstimatorForecast", "Forecast", "GaussianForecast", "QuantileForecast", "SampleForecast"]
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energyreg import EnergyRegressionModel, EnergyRegressor
-from energyreg.bases import Marginal, ProposalBase
-from energyreg.proposals import DistributionProposal
-from energyreg.spaces import TargetSpace
+from energyreg.densities.bases import Marginal, ProposalBase
+from energyreg.densities.spaces import TargetSpace
+from energyreg.networks.proposals import DistributionProposal
 from experiments.uci.data import Split
 from experiments.uci.forecasts import EstimatorForecast, Forecast, GaussianForecast, QuantileForecast, SampleForecast
 

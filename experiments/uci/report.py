@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
-from energyreg.checkpoint import write_atomically
+from energyreg.files import write_atomically
 from experiments.uci.data import TABLES
 from experiments.uci.methods import METHODS
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from energyreg.demo import describe_machine
+from energyreg.cli.demo import describe_machine
 from experiments.claims import do_each, in_processes
 from experiments.uci.data import Split, Table, load
 from experiments.uci.methods import Method, Outcome

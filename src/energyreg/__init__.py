@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from energyreg import aliases
 
 __version__ = "0.1.0.dev0"
 
@@ -64,43 +65,31 @@ __all__ = [
 # Where the names above come from; the others are modules. They are imported when they are asked for, as torch takes
 # seconds that `energyreg --help` should not.
 _ORIGIN = {
-    "CheckpointError": "checkpoint",
-    "EnergyChain": "chain",
-    "EnergyEnsemble": "ensemble",
-    "EnergyRegressionModel": "model",
-    "EnergyRegressor": "estimator",
-    "History": "training",
-    "ImageEncoder": "image_encoders",
-    "ImageRegressor": "image_estimator",
-    "PredictiveDistribution": "predictive",
-    "TrainingError": "training",
-    "WeightedPoints": "points",
-    "fit": "training",
-    "fit_chain": "chain_training",
-    "fit_ensemble": "ensemble_training",
-    "load": "checkpoint",
-    "refine": "refine",
-    "save": "checkpoint",
+    "CheckpointError": "files",
+    "EnergyChain": "models.chain",
+    "EnergyEnsemble": "models.ensemble",
+    "EnergyRegressionModel": "models.model",
+    "EnergyRegressor": "estimators.table",
+    "History": "training.loop",
+    "ImageEncoder": "networks.image_encoders",
+    "ImageRegressor": "estimators.image",
+    "PredictiveDistribution": "models.predictive",
+    "TrainingError": "training.loop",
+    "WeightedPoints": "inference.points",
+    "fit": "training.loop",
+    "fit_chain": "training.chains",
+    "fit_ensemble": "training.ensembles",
+    "load": "models.checkpoint",
+    "refine": "inference.ascent",
+    "save": "models.checkpoint",
 }
 
-
-class _Package(ModuleType):
-    """The package, where `refine` is the function for good: importing the module of that name would replace it."""
-
-    @property
-    def refine(self) -> Any:
-        return importlib.import_module("energyreg.refine").refine
-
-    @refine.setter
-    def refine(self, module: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package
+aliases.install()
+sys.modules[__name__].__class__ = aliases.FunctionsStay
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in __all__ and name not in aliases.ALIASES:
         raise AttributeError(f"module 'energyreg' has no attribute {name!r}")
     module = importlib.import_module(f"energyreg.{_ORIGIN.get(name, name)}")
     value = getattr(module, name) if name in _ORIGIN else module
@@ -113,39 +102,28 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from energyreg import (
-        augment,
-        bases,
-        calibration,
-        chain,
-        datasets,
-        encoders,
-        heads,
-        image_encoders,
-        images,
-        integrators,
-        losses,
-        mcmc,
-        metrics,
-        noise,
-        objectives,
-        plots,
-        proposals,
-        report,
-        spaces,
-        tables,
-        vision,
-    )
-    from energyreg.chain import EnergyChain
-    from energyreg.chain_training import fit_chain
-    from energyreg.checkpoint import CheckpointError, load, save
-    from energyreg.ensemble import EnergyEnsemble
-    from energyreg.ensemble_training import fit_ensemble
-    from energyreg.estimator import EnergyRegressor
-    from energyreg.image_encoders import ImageEncoder
-    from energyreg.image_estimator import ImageRegressor
-    from energyreg.model import EnergyRegressionModel
-    from energyreg.points import WeightedPoints
-    from energyreg.predictive import PredictiveDistribution
-    from energyreg.refine import refine
-    from energyreg.training import History, TrainingError, fit
+    from energyreg import datasets, plots, vision
+    from energyreg.densities import bases, noise, spaces
+    from energyreg.estimators.image import ImageRegressor
+    from energyreg.estimators.table import EnergyRegressor
+    from energyreg.evaluation import metrics
+    from energyreg.files import CheckpointError
+    from energyreg.images import augment
+    from energyreg.images import files as images
+    from energyreg.inference import integrators, mcmc
+    from energyreg.inference.ascent import refine
+    from energyreg.inference.points import WeightedPoints
+    from energyreg.models import calibration, chain
+    from energyreg.models.chain import EnergyChain
+    from energyreg.models.checkpoint import load, save
+    from energyreg.models.ensemble import EnergyEnsemble
+    from energyreg.models.model import EnergyRegressionModel
+    from energyreg.models.predictive import PredictiveDistribution
+    from energyreg.networks import encoders, heads, image_encoders, proposals
+    from energyreg.networks.image_encoders import ImageEncoder
+    from energyreg.objectives import losses
+    from energyreg.reports import page as report
+    from energyreg.tables import preprocessing as tables
+    from energyreg.training.chains import fit_chain
+    from energyreg.training.ensembles import fit_ensemble
+    from energyreg.training.loop import History, TrainingError, fit

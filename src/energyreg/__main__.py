@@ -10,7 +10,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command, or say what to install for it."""
     try:
-        from energyreg.cli import app
+        from energyreg.cli.app import app
     except ImportError as error:
         if error.name != "typer":
             raise

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from energyreg.predictive import PredictiveDistribution
+    from energyreg.models.predictive import PredictiveDistribution
 
 __all__ = [
     "COLORS",
@@ -189,7 +189,7 @@ def pit_histogram(
     """Draw the histogram of the PIT values of one model; flat where the model is calibrated.
 
     Args:
-        values: PIT values of the test rows, from :func:`energyreg.metrics.pit`, shape (B,).
+        values: PIT values of the test rows, from :func:`energyreg.evaluation.metrics.pit`, shape (B,).
         bins: Number of bars.
         level: Probability of the grey band in which each bar of a calibrated model falls (normal approximation of the
             binomial distribution).
@@ -238,7 +238,7 @@ def coverage_curve(models: Mapping[str, Any], *, gap: bool = False, ax: Axes | N
     The band is where the whole curve of a calibrated model stays in 95 of 100 test sets of this size (Kolmogorov).
 
     Args:
-        models: Name → PIT values of the test rows, from :func:`energyreg.metrics.pit`, shape (B,).
+        models: Name → PIT values of the test rows, from :func:`energyreg.evaluation.metrics.pit`, shape (B,).
         gap: Draw the difference of the two, in percentage points, which shows more where all models do well.
         ax: Axes to draw into; by default a new figure.
 
@@ -283,7 +283,7 @@ def reliability_curve(models: Mapping[str, Any], *, ax: Axes | None = None) -> F
     stays in 95 of 100 test sets of this size (Kolmogorov).
 
     Args:
-        models: Name → PIT values of the test rows, from :func:`energyreg.metrics.pit`, shape (B,).
+        models: Name → PIT values of the test rows, from :func:`energyreg.evaluation.metrics.pit`, shape (B,).
         ax: Axes to draw into; by default a new figure.
 
     Returns:
@@ -637,7 +637,7 @@ def _pit_values(values: Any, name: str) -> NDArray[np.float64]:
     if not ((array >= 0) & (array <= 1)).all():
         raise ValueError(
             f"{name} has values outside [0, 1] or NaN, but PIT values are probabilities. Compute them by "
-            "energyreg.metrics.pit."
+            "energyreg.evaluation.metrics.pit."
         )
     return array
 

@@ -198,7 +198,7 @@ def load_headpose_features(
       show F03, F05 and F02, whom the training file has as 03, 05 and 02.
     - `aflw2000.npz` has rows far beyond ±99°, even beyond ±180°: pass limit=99 for the usual set.
     - Some features hardly vary on the training file and are huge in the test file. Standardise with a clip, or by
-      quantiles (:class:`energyreg.encoders.QuantileNormalizer`).
+      quantiles (:class:`energyreg.networks.encoders.QuantileNormalizer`).
 
     Args:
         path: The npz file.

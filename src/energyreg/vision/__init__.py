@@ -4,10 +4,20 @@ Training and prediction are those of the rest of the library; torchvision comes 
 and is imported when it is needed.
 """
 
-from energyreg.vision.average_precision import average_precision
-from energyreg.vision.boxes import BoxDistribution, BoxSpace, box_noise, check_boxes, paired_iou, variance_voting
-from energyreg.vision.data import BoxDataset, BoxRecord
-from energyreg.vision.detection import (
+import sys
+
+from energyreg.aliases import FunctionsStay
+from energyreg.vision.boxes.boxes import (
+    BoxDistribution,
+    BoxSpace,
+    box_noise,
+    check_boxes,
+    paired_iou,
+    variance_voting,
+)
+from energyreg.vision.detection.average_precision import average_precision
+from energyreg.vision.detection.data import BoxDataset, BoxRecord
+from energyreg.vision.detection.detector import (
     BoxBatch,
     BoxCollate,
     BoxEnergy,
@@ -19,9 +29,11 @@ from energyreg.vision.detection import (
     load_head,
     save_head,
 )
-from energyreg.vision.roi_pool import Pyramid, assign_levels, roi_pool
-from energyreg.vision.rotated_pool import rotated_roi_pool
-from energyreg.vision.small_detector import small_detector
+from energyreg.vision.detection.small_detector import small_detector
+from energyreg.vision.pooling.roi_pool import Pyramid, assign_levels, roi_pool
+from energyreg.vision.pooling.rotated_pool import rotated_roi_pool
+
+sys.modules[__name__].__class__ = FunctionsStay
 
 __all__ = [
     "BoxBatch",

@@ -1,0 +1,1 @@
+"""Measures on y: target spaces, base measures, mixtures, noise around a target. No network."""

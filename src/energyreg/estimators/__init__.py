@@ -1,0 +1,1 @@
+"""Estimators of the scikit-learn API, for tables and images."""

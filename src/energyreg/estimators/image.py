@@ -1,0 +1,452 @@
+"""`ImageRegressor`: conditional densities of what is on an image, with the manners of scikit-learn."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from energyreg.estimators.table import EnergyRegressor, _check_whole, _weights
+from energyreg.images.files import ImageFiles, _file_key, explain_memory, extract_features, image_loader
+from energyreg.models import checkpoint
+from energyreg.models.chain import ChainEncoder, EnergyChain
+from energyreg.models.model import EnergyRegressionModel
+from energyreg.networks.encoders import VectorEncoder
+from energyreg.networks.image_encoders import ImageEncoder
+from energyreg.randomness import caller_random_state, seed_global
+from energyreg.tables import files as tablefiles
+from energyreg.tables.preprocessing import column_names, read_targets
+from energyreg.training.loop import History, fit
+
+__all__ = ["ImageRegressor", "load_estimator"]
+
+FINE_TUNING_EPOCHS = 10
+"""Epochs of the fine-tuning where `fine_tune` is True."""
+
+
+class ImageRegressor(EnergyRegressor):
+    r"""Regression on images that predicts the whole density p(y|x).
+
+    A network that was made for classification turns each image into features, as it is or with its last stages
+    fine-tuned first; on these works what :class:`~energyreg.estimators.table.EnergyRegressor` does on the columns of a
+    table: an ensemble of energy-based models, weighted and calibrated on held-out images. Wherever that takes a table
+        X, this
+    takes files: a list of paths, an array or a column of them, a folder, or a frame with a column `image`. Images are
+    read in batches and never kept; the features of the last call are, 4 C bytes an image.
+
+    Args:
+        backbone: "timm:NAME", "torchvision:NAME" or a module; see
+            :class:`~energyreg.networks.image_encoders.ImageEncoder`.
+        weights: Its weights: "package", a file, None or "pretrained"; see there.
+        image_size: Height and width to which images are resized, in pixels.
+        resize: "squash" for the whole image, "crop" for the square in its middle.
+        fine_tune: Whether the last stages of the network are trained first, with one energy-based model on top; or for
+            how many epochs (True: 10). Weights of rows do not count there, but for 0.
+        trainable: How many of the last stages, or "all"; of use with `fine_tune` only.
+        fine_tune_learning_rate: Peak learning rate of the fine-tuning.
+        augment: Called as ``augment(image, target)`` in the fine-tuning; see :mod:`energyreg.images.augment`.
+        image: Column of a frame that holds the paths.
+        folder: Where relative paths start; the working directory by default.
+        cache: Folder in which features are kept, so that an image goes through a network once; None for none. See
+            :func:`~energyreg.images.extract_features`.
+        checkpoint_dir: Folder in which each epoch of the fine-tuning is kept; a `fit` of the same images and settings
+            goes on from there, as after a kill. None for none.
+        on_error: What `fit` does with a file that cannot be read: "raise", or "skip" it and warn. A prediction for
+            such a file is always an error.
+        duplicates: Whether two rows of `fit` may name one file: "raise" or "allow".
+        image_batch_size: Images that go through the network at once.
+        workers: Processes that read images; 0 for none.
+        target: As in :class:`~energyreg.estimators.table.EnergyRegressor`, like all that follow.
+        n_members: As there.
+        epochs: As there: of the training on features.
+        batch_size: As there.
+        learning_rate: As there.
+        width: As there.
+        depth: As there.
+        dropout: As there.
+        base: As there.
+        outputs: As there.
+        num_components: As there.
+        validation_fraction: As there.
+        time_budget: As there: of the training on features, beyond what it takes to make them.
+        calibrate: As there.
+        conformal: As there.
+        random_state: As there.
+        n_jobs: As there.
+        device: As there; the network runs there, too.
+        verbose: As there.
+
+    Attributes:
+        encoder_: The network, frozen, with the weights of the fine-tuning.
+        fine_tuning_: History of the fine-tuning; None without.
+        skipped_: Files of `fit` that could not be read, with the reasons.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+
+    >>> regressor = ImageRegressor(target=("interval", 0, 120), cache="features")
+    >>> regressor.fit(["a.jpg", "b.jpg"], [31, 58])  # doctest: +SKIP
+    >>> regressor.predict_interval(["c.jpg"], 0.9)  # doctest: +SKIP
+    """
+
+    # What is of use for the columns of a table only.
+    frequency_scale = 1.0
+    max_levels = 256
+    min_count = 4
+
+    def __init__(
+        self,
+        *,
+        backbone: Any = "timm:tf_efficientnet_lite0",
+        weights: Any = "package",
+        image_size: int = 112,
+        resize: str = "squash",
+        fine_tune: Any = False,
+        trainable: Any = 2,
+        fine_tune_learning_rate: float = 1e-3,
+        augment: Callable[..., Any] | None = None,
+        image: str = "image",
+        folder: Any = None,
+        cache: Any = None,
+        checkpoint_dir: Any = None,
+        on_error: str = "raise",
+        duplicates: str = "raise",
+        image_batch_size: int = 64,
+        workers: int = 0,
+        target: Any = "real",
+        n_members: Any = "auto",
+        epochs: Any = "auto",
+        batch_size: int | None = None,
+        learning_rate: float = 3e-3,
+        width: int = 128,
+        depth: int = 2,
+        dropout: float | None = None,
+        base: str = "auto",
+        outputs: str = "auto",
+        num_components: int = 8,
+        validation_fraction: float | None = 0.1,
+        time_budget: float | None = None,
+        calibrate: bool = True,
+        conformal: bool = False,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        device: str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.image_size = image_size
+        self.resize = resize
+        self.fine_tune = fine_tune
+        self.trainable = trainable
+        self.fine_tune_learning_rate = fine_tune_learning_rate
+        self.augment = augment
+        self.image = image
+        self.folder = folder
+        self.cache = cache
+        self.checkpoint_dir = checkpoint_dir
+        self.on_error = on_error
+        self.duplicates = duplicates
+        self.image_batch_size = image_batch_size
+        self.workers = workers
+        self.target = target
+        self.n_members = n_members
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.width = width
+        self.depth = depth
+        self.dropout = dropout
+        self.base = base
+        self.outputs = outputs
+        self.num_components = num_components
+        self.validation_fraction = validation_fraction
+        self.time_budget = time_budget
+        self.calibrate = calibrate
+        self.conformal = conformal
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.device = device
+        self.verbose = verbose
+
+    # Fit -------------------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, eval_set: Any = None) -> ImageRegressor:
+        """Learn p(y|x) from images.
+
+        Args:
+            X: Files, N of them; see the class.
+            y: Targets, shape (N,), or (N, D) for several outputs.
+            sample_weight: Weights of the rows, shape (N,).
+            eval_set: Pair (files, y) to choose the epoch and the calibration by, instead of a part of the rows.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            FileNotFoundError: If a file is missing; before anything is read, as the others about rows.
+            ValueError: If the data or a parameter cannot be used; the message says which, why, and what to do.
+            energyreg.images.ImageFileError: If an image cannot be read; it is a ValueError, and names the file.
+            energyreg.images.ImageWorkerError: If a process that reads images dies.
+            energyreg.images.ImageMemoryError: If memory runs out; the message says what to lower.
+            TrainingError: If the training diverges.
+        """
+        self._check_parameters()
+        files = self._files(X, "X", self.duplicates, self.on_error)
+        targets = read_targets(y, "y", len(files), "X")
+        weights = _weights(sample_weight, len(files))
+        evaluation = self._evaluation_files(eval_set)
+        self._check_in_space(self._space(targets), targets, "y")
+        self._fit_seed = super()._seed()
+        self.encoder_ = self._new_encoder()
+        self.fine_tuning_: History | None = None
+        epochs = FINE_TUNING_EPOCHS if self.fine_tune is True else int(self.fine_tune)
+        with self._threads():
+            if epochs:
+                if self.on_error == "skip":  # the rows held out must be the same later on
+                    for _ in image_loader(files, self.image_batch_size, workers=self.workers):
+                        pass
+                    good = [row for row, path in enumerate(files.paths) if str(path) not in files.failed]
+                    failed, files = files.failed, files.take(good)
+                    files.failed, targets, weights = failed, targets[good], weights[good]
+                self._fine_tune(files, targets, weights, evaluation, epochs)
+            x = self._extract(files)
+            read = ~np.isnan(x).any(1)
+            self.skipped_ = dict(files.failed)
+            pair = None if evaluation is None else (self._extract(evaluation[0]), evaluation[1])
+        super().fit(x[read], targets[read], weights[read], pair)
+        return self
+
+    def fit_file(
+        self,
+        path: str | os.PathLike[str],
+        target: str | Sequence[str],
+        *,
+        drop: Sequence[str] = (),
+        sample_weight: str | None = None,
+        eval_set: Any = None,
+    ) -> ImageRegressor:
+        """Learn p(y|x) from a table of files and targets, such as a CSV file.
+
+        Args:
+            path: Parquet, Feather or CSV. Paths of images start at its folder where `folder` is None.
+            target: Target column, or several for several outputs.
+            drop: Without effect: only the columns that are named are read.
+            sample_weight: Column of the rows' weights.
+            eval_set: As in `fit`.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            energyreg.tables.files.TableFileError: If the table is damaged or lacks a column.
+            ValueError: As `fit`, like all else.
+        """
+        import pandas
+
+        names = [target] if isinstance(target, str) else list(target)
+        wanted = [self.image, *names, *([] if sample_weight is None else [sample_weight])]
+        there = tablefiles.columns_of(path)
+        for name in wanted:
+            if name not in there:
+                raise tablefiles.TableFileError(f"{path}: there is no column {name!r}; the columns are {there}.")
+        frame = pandas.concat(tablefiles.read_chunks(path, columns=wanted), ignore_index=True)
+        if self.folder is None:
+            frame[self.image] = [str(Path(path).parent / str(name)) for name in frame[self.image]]
+        weight = None if sample_weight is None else frame[sample_weight].to_numpy()
+        return self.fit(frame[self.image], frame[names].to_numpy(), weight, eval_set)
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        _check_whole("image_size", self.image_size)
+        _check_whole("image_batch_size", self.image_batch_size)
+        if not isinstance(self.fine_tune, (bool, np.bool_)):
+            _check_whole("fine_tune", self.fine_tune, ", True or False")
+        if self.augment is not None and not callable(self.augment):
+            raise ValueError(f"augment is a {type(self.augment).__name__}; expected a callable (image, target).")
+
+    def _seed(self) -> int:
+        return self._fit_seed
+
+    def _new_encoder(self, trainable: str | int = "none") -> ImageEncoder:
+        if isinstance(self.backbone, ImageEncoder):
+            raise ValueError("backbone is an ImageEncoder; pass what it was made of, and its weights.")
+        backbone = self.backbone
+        if isinstance(backbone, nn.Module):
+            backbone = copy.deepcopy(backbone)
+        own = isinstance(backbone, nn.Module) and self.weights == "package"  # the default, which names no such module
+        return ImageEncoder(backbone, None if own else self.weights, trainable, self.image_size)
+
+    def _files(self, X: Any, name: str, duplicates: str = "allow", on_error: str = "raise") -> ImageFiles:
+        """Files of a list, an array, a folder, or a column of a frame."""
+        columns = column_names(X)
+        if columns is not None:
+            if self.image not in columns:
+                raise ValueError(
+                    f"{name} has no column {self.image!r} with the files; its columns are "
+                    f"{', '.join(map(repr, columns[:8]))}. Pass image=, the name of the column."
+                )
+            X = X.column(self.image).to_pylist() if hasattr(X, "column_names") else X[self.image]
+        elif getattr(X, "ndim", 1) == 2 and X.shape[1] == 1:
+            X = X[:, 0]
+        if X is None:
+            raise ValueError(f"{name} is None; expected files: a list of paths, a folder, or a frame.")
+        return ImageFiles(
+            X, size=self.image_size, resize=self.resize, on_error=on_error, duplicates=duplicates, folder=self.folder
+        )
+
+    def _evaluation_files(self, eval_set: Any) -> tuple[ImageFiles, np.ndarray] | None:
+        if eval_set is None:
+            return None
+        pair = eval_set[0] if isinstance(eval_set, (tuple, list)) and len(eval_set) == 1 else eval_set
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"eval_set is a {type(eval_set).__name__}; expected a pair (files, y).")
+        files = self._files(pair[0], "eval_set", self.duplicates)
+        return files, read_targets(pair[1], "y of eval_set", len(files), "eval_set")
+
+    def _fine_tune(
+        self,
+        files: ImageFiles,
+        targets: np.ndarray,
+        weights: np.ndarray,
+        evaluation: tuple[ImageFiles, np.ndarray] | None,
+        epochs: int,
+    ) -> None:
+        """Train the last stages of the network on the rows that the models are trained on later."""
+        space = self._space(targets)
+        known = np.flatnonzero(weights > 0)
+        targets = targets[known]
+        rng = np.random.default_rng(self._seed())
+        train, held_out, _ = self._split(len(known), evaluation is not None, weights[known], rng)
+        self.lattice_step_ = self._lattice(targets)
+        self._steps = self._steps_of(targets)
+        z = self._continuous(targets, rng)
+        encoder = self._new_encoder(self.trainable)
+        with caller_random_state():  # random_state decides, not what was drawn before
+            seed_global(self._seed(), torch.device("cpu"))
+            model = EnergyRegressionModel.for_table(1, space, width=encoder.num_features)
+        model.encoder = encoder
+        model.to(self._device()).fit_preprocessing(None, z[train])
+        size = min(self.image_batch_size, len(train))
+        loader = image_loader(
+            files.take(known[train], transform=self.augment, targets=z[train]), size, shuffle=True,
+            workers=self.workers, drop_last=True,
+        )  # fmt: skip
+        held: ImageFiles | None = None
+        if evaluation is not None:
+            held = evaluation[0].take(range(len(evaluation[0])), targets=self._continuous(evaluation[1], rng))
+        elif len(held_out):
+            held = files.take(known[held_out], targets=z[held_out])
+        self._say(f"Fine-tuning {self.trainable} stages for {epochs} epochs on {len(train)} images.")
+        with explain_memory(image_batch_size=size, image_size=self.image_size, trainable=self.trainable):
+            self.fine_tuning_ = fit(
+                model, loader, epochs=epochs, learning_rate=self.fine_tune_learning_rate, seed=self._seed(),
+                validation=None if held is None else image_loader(held, size, workers=self.workers),
+                checkpoint_dir=self.checkpoint_dir, resume=self.checkpoint_dir is not None, progress=bool(self.verbose),
+            )  # fmt: skip
+        encoder.trainable = "none"
+        encoder._freeze("none")
+        self.encoder_ = encoder.eval()
+
+    def _extract(self, files: ImageFiles) -> np.ndarray:
+        keys = [_file_key(path) for path in files.paths]
+        known = getattr(self, "_recent", None)
+        if known is not None and known[0] is self.encoder_ and all(key in known[1] for key in keys):
+            return known[2][[known[1][key] for key in keys]]
+        features = extract_features(
+            self.encoder_, files, self.image_batch_size, workers=self.workers, device=self._device(), cache=self.cache,
+            progress=bool(self.verbose),
+        )  # fmt: skip
+        if not files.failed:  # a prediction for a broken file is an error
+            self._recent = self.encoder_, {key: row for row, key in enumerate(keys)}, features
+        return features
+
+    def _new_model(self, *arguments: Any) -> EnergyRegressionModel | EnergyChain:
+        model = super()._new_model(*arguments)
+        for factor in model.factors if isinstance(model, EnergyChain) else [model]:
+            assert isinstance(factor, EnergyRegressionModel)
+            if isinstance(factor.encoder, ChainEncoder):
+                factor.encoder.inputs = _of_features(factor.encoder.inputs)
+            else:
+                factor.encoder = _of_features(factor.encoder)
+        return model
+
+    # Predictions -----------------------------------------------------------------------------------------------------
+
+    def _inputs(self, X: Any) -> np.ndarray:
+        from sklearn.utils.validation import check_is_fitted
+
+        check_is_fitted(self)
+        files = self._files(X, "X")
+        with self._threads():
+            features = self._extract(files)
+        return super()._inputs(features)
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def _to_store(self, state: dict[str, Any]) -> dict[str, Any]:
+        parameters = state["parameters"]
+        for name in ("folder", "cache", "checkpoint_dir"):
+            parameters[name] = None if parameters[name] is None else os.fspath(parameters[name])
+        # The file has the network itself; the augmentation was of use in training only.
+        parameters |= {"augment": None, "weights": None}
+        if isinstance(parameters["backbone"], nn.Module):
+            parameters["backbone"] = None
+        return {**super()._to_store(state), "encoder": self.encoder_, "skipped": self.skipped_}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], encoder: ImageEncoder | None = None) -> ImageRegressor:
+        """Read an estimator that :meth:`save` wrote; its predictions are those of the saved one.
+
+        Args:
+            path: File to read, with or without its suffix.
+            encoder: Where the backbone was a module of your own: ``ImageEncoder(module)``, whose weights are
+                overwritten.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            energyreg.CheckpointError: If the file is damaged, or no estimator of images.
+        """
+        model, state = checkpoint.load_estimator(path, None if encoder is None else {"encoder": encoder})
+        if not isinstance(state.get("encoder"), ImageEncoder):
+            raise checkpoint.CheckpointError(
+                f"Cannot load {os.fspath(path)!r}: it is an EnergyRegressor, for tables; read it by its load()."
+            )
+        return cls._from_stored(model, state)
+
+    @classmethod
+    def _from_stored(cls, model: Any, state: dict[str, Any]) -> Self:
+        self = super()._from_stored(model, state)
+        self.encoder_, self.skipped_ = state["encoder"], state["skipped"]
+        self.fine_tuning_ = None
+        return self
+
+
+def load_estimator(path: str | os.PathLike[str]) -> tuple[EnergyRegressor, dict[str, Any]]:
+    """Read an estimator of tables or of images, whichever a file holds.
+
+    Args:
+        path: File to read, with or without its suffix.
+
+    Returns:
+        The estimator, and all else that the file holds, as :func:`energyreg.models.checkpoint.load_estimator` returns
+        it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        energyreg.CheckpointError: If the file is damaged, or no estimator's.
+    """
+    model, state = checkpoint.load_estimator(path)
+    kind = ImageRegressor if isinstance(state.get("encoder"), ImageEncoder) else EnergyRegressor
+    return kind._from_stored(model, state), state
+
+
+def _of_features(encoder: Any) -> VectorEncoder:
+    """An encoder of features with the sizes of one for tables."""
+    return VectorEncoder(encoder.num_features, encoder.context_dim, encoder.depth, encoder.dropout)

@@ -1,0 +1,1 @@
+"""From an energy f(x, ·) to answers: nodes, weights, chains, modes. No network."""

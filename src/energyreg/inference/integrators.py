@@ -1,0 +1,254 @@
+"""Integrators: from an energy function to weighted points, the same objects in training and in prediction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from energyreg.checks import check_count
+from energyreg.densities.mixtures import GaussianMixture, draw
+from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.points import Cells, WeightedPoints
+
+__all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
+
+
+def graded(t: Tensor) -> Tensor:
+    """A map of (0, 1) onto itself that is flat at both ends, so that even points become finer towards the tails."""
+    return t.square() * (3 - 2 * t)
+
+
+def _device_and_dtype(f: EnergyFunction) -> tuple[torch.device, torch.dtype]:
+    buffer = next(buffer for buffer in f.reference.buffers() if buffer.is_floating_point())
+    return buffer.device, buffer.dtype
+
+
+@dataclass(frozen=True)
+class StratifiedQuadrature:
+    r"""Quadrature in the unit coordinates of the reference measure, with one node in each cell of a regular grid.
+
+    .. math:: Z = \int_{(0,1)^D} \exp(f - \log p_0) du \approx \frac1G \sum_m \exp(f - \log p_0)(u_m)
+
+    The nodes are shared by all rows, so that a separable head costs one matrix product. With jitter each node is
+    uniform in its cell, and the estimate of Z is unbiased; for a smooth energy its error falls as G^(-3/2) in one
+    dimension. Without, the nodes are the cells' centres.
+
+    Args:
+        num_nodes: Nodes G in all; for D > 1 rounded down to a whole number per dimension.
+        jitter: Whether nodes are random within their cells.
+        graded: Whether the cells are finer towards both tails (not on a circle), for energies that are steep there,
+            such as those with the proposal as base; equal otherwise.
+
+    Raises:
+        ValueError: If num_nodes is not a whole number ≥ 1.
+    """
+
+    num_nodes: int = 256
+    jitter: bool = True
+    graded: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_count("num_nodes", self.num_nodes)
+
+    def per_dimension(self, dim: int) -> int:
+        """Nodes per dimension for D = dim."""
+        return max(int(self.num_nodes ** (1 / dim) + 1e-9), 1)
+
+    def nodes(self, f: EnergyFunction, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Unit coordinates of the nodes, shape (G, 1, D), and their log-weights, shape (G, 1)."""
+        device, dtype = _device_and_dtype(f)
+        dim = f.reference.dim
+        n = self.per_dimension(dim)
+        cells = torch.arange(n, dtype=dtype, device=device)
+        grid = torch.stack(torch.meshgrid(*[cells] * dim, indexing="ij"), -1).reshape(-1, 1, dim)
+        # On the generator's own device, so that a CPU generator serves a model on a GPU.
+        source = generator.device if generator is not None else device
+        offset = (
+            torch.rand(grid.shape, generator=generator, dtype=dtype, device=source).to(device) if self.jitter else 0.5
+        )
+        return self.unit((grid + offset) / n, f)
+
+    def unit(self, t: Tensor, f: EnergyFunction) -> tuple[Tensor, Tensor]:
+        """Unit coordinates and log-weights of points that are uniform in (0, 1)^D before the grading."""
+        log_weights = torch.full_like(t[..., 0], -math.log(len(t)))
+        if not self.graded:
+            return t, log_weights
+        straight = torch.tensor(f.reference.periodic, device=t.device)
+        u = torch.where(straight, t, graded(t))
+        slope = torch.where(straight, torch.ones_like(t), 6 * t * (1 - t))
+        return u, log_weights + slope.log().sum(-1)
+
+    def log_weights(self, f: EnergyFunction, *, generator: torch.Generator | None = None) -> Tensor:
+        """Log-weights of the nodes, shape (G, B); their logsumexp is log Z."""
+        u, log_weights = self.nodes(f, generator=generator)
+        return f.relative(u) + log_weights
+
+    def __call__(
+        self, f: EnergyFunction, q: Distribution | None = None, *, generator: torch.Generator | None = None
+    ) -> WeightedPoints:
+        """Return the weighted points, in model space. The proposal q is not used."""
+        u, log_weights = self.nodes(f, generator=generator)
+        return WeightedPoints(f.reference.from_unit(u), f.relative(u) + log_weights, independent=False)
+
+
+@dataclass(frozen=True)
+class ImportanceSampling:
+    r"""Importance sampling from the proposal, for any number of dimensions.
+
+    Args:
+        num_samples: Samples M per row.
+        stratified: Spread the samples evenly over the components of a mixture proposal (same distribution of each
+            sample, smaller variance).
+        quasi_random: Use scrambled Sobol points, shared by all rows, in place of independent ones, where q is a
+            :class:`~energyreg.networks.proposals.GaussianMixture`: smaller errors, and results that do not depend on
+            the batch.
+
+    Raises:
+        ValueError: If num_samples is not a whole number ≥ 1.
+    """
+
+    num_samples: int = 1024
+    stratified: bool = True
+    quasi_random: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_count("num_samples", self.num_samples)
+
+    def sample(self, q: Distribution, *, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of q in model space, without gradient, shape (M, B, D)."""
+        if not isinstance(q, GaussianMixture):
+            return draw(q, self.num_samples, generator)
+        if self.quasi_random:
+            source = generator.device if generator is not None else "cpu"
+            seed = int(torch.randint(2**31, (), generator=generator, device=source))
+            sobol = torch.quasirandom.SobolEngine(q.num_uniforms, scramble=True, seed=seed)
+            uniforms = sobol.draw(self.num_samples, dtype=torch.double).clamp(1e-7, 1 - 1e-7)
+            return q.from_uniforms(uniforms.to(q.means))
+        return q.sample((self.num_samples,), generator=generator, stratified=self.stratified)
+
+    def __call__(
+        self, f: EnergyFunction, q: Distribution | None = None, *, generator: torch.Generator | None = None
+    ) -> WeightedPoints:
+        """Return the weighted points, in model space.
+
+        Raises:
+            ValueError: If there is no proposal.
+        """
+        if q is None:
+            raise ValueError(
+                "Importance sampling needs a proposal q, but the model has none; give it one, or use quadrature."
+            )
+        y = self.sample(q, generator=generator)
+        log_weights = f(y) - q.log_prob(y).detach() - math.log(self.num_samples)
+        return WeightedPoints(y, log_weights)
+
+
+@dataclass(frozen=True)
+class AdaptiveQuadrature:
+    """Quadrature in one dimension for prediction: shared cells first, then own cells for the rows that need them.
+
+    The first cells are the same for all rows, finer towards both tails (or equal on a circle). A row gets new cells, at
+    quantiles of the density found so far, where one cell holds too much of its mass (or of its proposal's, if that is
+    the base), and as long as two interleaved halves of its cells disagree on log Z.
+
+    Args:
+        num_nodes: Cells per row.
+        tolerance: Disagreement on log Z between the halves, in nats, above which a row is refined.
+        max_refinements: How often at most.
+        max_mass: Probability in one cell above which a row is refined: within a cell the density is taken as linear.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    num_nodes: int = 512
+    tolerance: float = 1e-3
+    max_refinements: int = 4
+    max_mass: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_count("num_nodes", self.num_nodes, 8)
+        check_count("max_refinements", self.max_refinements, 0)
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance is {self.tolerance}; expected a number > 0, in nats.")
+        if not self.max_mass > 0:
+            raise ValueError(f"max_mass is {self.max_mass}; expected a number > 0.")
+
+    def shared_cells(self, f: EnergyFunction) -> Cells:
+        """The cells that all rows share."""
+        device, dtype = _device_and_dtype(f)
+        t = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=device)
+        u = t if f.reference.periodic[0] else graded(t)
+        edges, centres = u[::2], u[1::2]
+        log_widths = edges.diff().log()
+        values = f.relative(centres.to(dtype)[:, None, None])
+        return Cells(edges, centres.to(dtype), values + log_widths[:, None].to(dtype))
+
+    def own_cells(self, f: EnergyFunction, cells: Cells) -> Cells:
+        """Cells of their own for the rows of f, at quantiles of the density that the given cells show."""
+        dtype = cells.log_masses.dtype
+        masses = cells.log_masses.detach().double().softmax(0)
+        # A peak may stand between two nodes: each cell lends its neighbours its mass.
+        pooled = torch.nn.functional.max_pool1d(masses.T[:, None], 3, 1, 1)[:, 0].T
+        # The square root of the density reaches further down a peak's flanks, where the rule errs most.
+        flanks = (pooled * cells.widths).sqrt()
+        guess = 0.45 * pooled / pooled.sum(0) + 0.35 * flanks / flanks.sum(0) + 0.1 / len(masses)
+        guess = guess + 0.1 * (self._proposal_masses(f, cells) if self._has_cdf(f) else pooled / pooled.sum(0))
+        source = Cells(cells.edges, cells.centres, guess.log())
+        levels = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=masses.device)
+        u = source.icdf(levels[:, None].expand(-1, masses.shape[1]))
+        edges, centres = u[::2].clone(), u[1::2]
+        edges[0], edges[-1] = 0.0, 1.0
+        log_widths = edges.diff(dim=0).clamp_min(1e-300).log()
+        values = f.relative(centres.to(dtype)[..., None])
+        return Cells(edges, centres.to(dtype), values + log_widths.to(dtype))
+
+    @staticmethod
+    def _has_cdf(f: EnergyFunction) -> bool:
+        return f.conditional and isinstance(f.q, GaussianMixture)
+
+    @staticmethod
+    def _proposal_masses(f: EnergyFunction, cells: Cells, rows: Tensor | None = None) -> Tensor:
+        """Masses of the proposal in the cells, of all rows or of some, which share their cells then."""
+        assert isinstance(f.q, GaussianMixture)
+        q = f.q if rows is None else f.q[rows]
+        edges = cells.edges if cells.edges.ndim == 2 else cells.edges[:, None]
+        z = f.reference.from_unit(edges[..., None].to(q.means.dtype))
+        cdf = q.cdf(z).double().clone()
+        cdf[0], cdf[-1] = 0.0, 1.0
+        masses = cdf.diff(dim=0).clamp_min(0)
+        return masses / masses.sum(0).clamp_min(1e-300)
+
+    def needs_refinement(self, f: EnergyFunction, cells: Cells) -> Tensor:
+        """Which rows need cells of their own, shape (B,)."""
+        with torch.no_grad():
+            needed = ~(cells.log_partition_stderr <= self.tolerance) | (cells.masses.amax(0) > self.max_mass)
+            if self._has_cdf(f):
+                suspect = self._coarse_for_proposal(f, cells).nonzero()[:, 0]
+                if len(suspect):
+                    heavy = self._proposal_masses(f, cells, suspect).amax(0) > self.max_mass
+                    needed = needed.index_put((suspect,), needed[suspect] | heavy)
+        return needed
+
+    def _coarse_for_proposal(self, f: EnergyFunction, cells: Cells) -> Tensor:
+        """Rows whose proposal may put more than max_mass into one of the shared cells, shape (B,).
+
+        At most the height of a Gaussian times the width of the cell is in it. That takes a look at the cells around
+        each component's mean, where the cdf at every edge of every row would cost more than all the rest.
+        """
+        assert isinstance(f.q, GaussianMixture) and cells.edges.ndim == 1
+        edges = f.reference.from_unit(cells.edges[:, None].to(f.q.means.dtype))[:, 0].contiguous()
+        mean, scale = f.q.means[..., 0], f.q.scales[..., 0]
+        near = torch.stack([mean - 2 * scale, mean - scale, mean, mean + scale, mean + 2 * scale])
+        cell = (torch.searchsorted(edges, near) - 1).clamp(0, len(edges) - 2)
+        width = edges.diff()[cell].amax(0)
+        mass = (width / (scale * math.sqrt(2 * math.pi))).clamp_max(1)
+        # Twice as much is allowed for, as the cells between those that are looked at may be wider.
+        return 2 * (f.q.log_mixing.exp() * mass).sum(-1) > self.max_mass

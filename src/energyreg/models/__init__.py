@@ -1,0 +1,1 @@
+"""Networks, a base and a target space as one model, and what it answers."""

@@ -1,0 +1,1 @@
+"""Modules with weights: encoders of x, heads that give f, proposals q(y|x)."""

@@ -1,0 +1,1 @@
+"""Exact, differentiable pooling of boxes from feature maps."""
