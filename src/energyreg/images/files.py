@@ -13,7 +13,6 @@ import hashlib
 import io
 import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from energyreg.files import CheckpointError, digest, read_tensors, write_tensors, writing_error
+from energyreg.progress import Progress
 from energyreg.tables.preprocessing import read_targets
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ SHOWN = 3
 """Broken files that a message names."""
 SECONDS_TO_DIE = 1.0
 """How long to wait for the end of a worker whose pipe is broken."""
-SECONDS_PER_LINE = 10.0
-"""Time between two lines of progress where there is no terminal."""
 
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -573,7 +571,8 @@ def extract_features(
     todo = [places[0] for places in rows.values()] if store is None else store.missing(rows)
     if not todo:
         return features
-    meter = _Meter(progress, len(rows), len(rows) - len(todo))
+    shown = Progress("Features", "images", len(rows), progress, done=len(rows) - len(todo))
+    shown.start()
     loader = image_loader(files.take(todo, transform=files.transform), batch_size, workers=workers)
     try:
         for numbers, vectors in _run(encoder, loader, device, batch_size, files.size):
@@ -585,9 +584,9 @@ def extract_features(
                 features[rows[keys[todo[number]]]] = vector
                 if store is not None:
                     store.add(keys[todo[number]], vector)
-            meter.add(len(numbers))
+            shown(len(numbers))
     finally:
-        meter.stop()
+        shown.stop()
         files.failed |= loader.dataset.files.failed  # type: ignore[attr-defined]
         if store is not None:
             store.flush()
@@ -682,47 +681,3 @@ class _Cache:
         name = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
         write_tensors(self.folder / f"{name}.safetensors", tensors, CACHE_FORMAT, {})
         self.keys, self.vectors = [], []
-
-
-class _Meter:
-    """A bar on a terminal, lines now and then elsewhere, or nothing."""
-
-    def __init__(self, wanted: bool | None, total: int, known: int) -> None:
-        self.total, self.known, self.done = total, known, 0
-        self.started = self.shown = time.perf_counter()
-        self.bar: Any = None
-        self.lines = False
-        if wanted is False:
-            return
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        if console.is_terminal or console.is_jupyter:
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self.bar = Progress(
-                TextColumn("features"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"), console=console,
-                auto_refresh=False,
-            )  # fmt: skip
-            self.bar.start()
-            self.task = self.bar.add_task("", total=total, completed=known, status="")
-        else:
-            self.lines = wanted is True
-
-    def add(self, count: int) -> None:
-        """Count images, and show it if it is time."""
-        self.done += count
-        now = time.perf_counter()
-        rate = self.done / max(now - self.started, 1e-9)
-        left = (self.total - self.known - self.done) / max(rate, 1e-9)
-        status = f"{self.known + self.done} of {self.total} images, {rate:.3g} a second, {left:.0f} s left"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.known + self.done, status=status, refresh=True)
-        elif self.lines and (now - self.shown >= SECONDS_PER_LINE or self.known + self.done == self.total):
-            self.shown = now
-            print(f"Features: {status}", flush=True)
-
-    def stop(self) -> None:
-        """End the bar."""
-        if self.bar is not None:
-            self.bar.stop()
