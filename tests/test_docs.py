@@ -19,3 +19,10 @@ def test_code_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(PAGES[page], 1):
         exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+
+
+def test_picture_of_the_rooms_is_that_of_the_table() -> None:
+    from scripts.draw_rooms import TARGET, draw
+    from tests.test_rooms import ROOMS
+
+    assert TARGET.read_text(encoding="utf-8") == draw(ROOMS), "run python -m scripts.draw_rooms"
