@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from energyreg.densities import spaces
+from energyreg.densities import precision, spaces
 from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
 
 TAU = 2 * math.pi
@@ -314,7 +314,7 @@ def test_a_device_without_float64_gets_float32(
     space, y = case
     space.fit(y)
     assert copy.deepcopy(space).to("meta").loc.dtype == torch.float64
-    monkeypatch.setattr(spaces, "_DEVICES_WITHOUT_FLOAT64", {"meta"})
+    monkeypatch.setattr(precision, "DEVICES_WITHOUT_FLOAT64", {"meta"})
     there = copy.deepcopy(space).to("meta")
     for buffer in there.buffers():
         assert buffer.is_meta
@@ -505,13 +505,13 @@ def test_integers_are_targets() -> None:
 @pytest.mark.parametrize(
     ("construct", "message"),
     [
-        (lambda: Real(0), "^dim has the value 0; expected an integer of at least 1"),
-        (lambda: Real(-2), "^dim has the value -2"),
-        (lambda: Real(1.5), "^dim has the value 1.5"),  # type: ignore[arg-type]
-        (lambda: Real(True), "^dim has the value True"),
-        (lambda: Positive("2"), "^dim has the value '2'"),  # type: ignore[arg-type]
-        (lambda: Circle(dim=0), "^dim has the value 0"),
-        (lambda: Interval(0, 1, dim=0), "^dim has the value 0"),
+        (lambda: Real(0), "^dim is 0; expected a whole number of at least 1"),
+        (lambda: Real(-2), "^dim is -2"),
+        (lambda: Real(1.5), "^dim is 1.5"),  # type: ignore[arg-type]
+        (lambda: Real(True), "^dim is True"),
+        (lambda: Positive("2"), "^dim is '2'"),  # type: ignore[arg-type]
+        (lambda: Circle(dim=0), "^dim is 0"),
+        (lambda: Interval(0, 1, dim=0), "^dim is 0"),
         (lambda: Interval(1, 1), r"^low has the value 1\.0 and high has 1\.0 in dimension 0; expected low < high"),
         (lambda: Interval([0, 2], [1, 1]), r"^low has the value 2\.0 and high has 1\.0 in dimension 1"),
         (lambda: Interval(math.nan, 1), "^low has the value nan; expected a finite number"),

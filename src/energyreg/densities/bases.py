@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from energyreg.densities.spaces import periodic_flags
+from energyreg.densities.angles import periodic_flags
 
 __all__ = ["Lebesgue", "Marginal", "ProposalBase"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from energyreg.densities.spaces import wrap_angles
+from energyreg.densities.angles import wrap_angles
 
 __all__ = ["GaussianMixture", "Wrapped", "draw", "log_sum_exp"]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from energyreg.checks import check_count
+from energyreg.densities.angles import wrap_angles
 from energyreg.densities.mixtures import GaussianMixture, log_sum_exp
-from energyreg.densities.spaces import TargetSpace, wrap_angles
+from energyreg.densities.spaces import TargetSpace
 
 __all__ = ["GaussianNoise"]
 

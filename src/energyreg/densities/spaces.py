@@ -21,30 +21,32 @@ tensor([[ 2., 90.]], dtype=torch.float64)
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from energyreg.checks import check_count
+from energyreg.densities.precision import (
+    LARGEST,
+    MARGIN,
+    SMALLEST,
+    ExactModule,
+    as_number,
+    as_numbers,
+    float32_inside,
+    to_exact,
+)
+
 __all__ = ["Circle", "Interval", "Positive", "Product", "Real", "TargetSpace"]
 
-# Every value that a space accepts or returns is in the range of float32, so that no cast of a sample to float32 gives
-# 0, an infinity, or a subnormal that a device may flush to 0.
-_LARGEST = float(np.finfo(np.float32).max)
-_SMALLEST = float(np.finfo(np.float32).tiny)
-
-# Least fraction of an interval between its ends and a point whose logit is taken: 16 times the spacing of float32
-# below 1, so that the logit of data given in float32 means something, and |logit| <= 13.8.
-_MARGIN = 1e-6
-
-_DEVICES_WITHOUT_FLOAT64 = {"mps"}
+Ends = tuple[float | Sequence[float], float | Sequence[float]]
+"""First and last value of a range, each one number for all dimensions or one for each."""
 
 
-class TargetSpace(nn.Module, ABC):
+class TargetSpace(ExactModule, ABC):
     """A set of targets y with D dimensions, and its map onto the model space of z.
 
     An unfitted space is usable and does not standardise (``loc`` 0, ``scale`` 1). :meth:`fit` sets both from the
@@ -100,7 +102,7 @@ class TargetSpace(nn.Module, ABC):
         if len(y) < 2:
             rows = "1 row" if len(y) == 1 else "no rows"
             raise ValueError(f"y has {rows}; expected at least 2, to standardise the targets; pass more rows.")
-        y = _to_exact(y, self.loc.device)
+        y = to_exact(y, self.loc.device)
         loc, spread = self._moments(y)
         if (spread <= 0).any():
             column = int((spread <= 0).nonzero()[0])
@@ -167,7 +169,7 @@ class TargetSpace(nn.Module, ABC):
             ValueError: The last dimension is not D, or a value is NaN, infinite, or outside the space.
             TypeError: y is no tensor of real numbers.
         """
-        rows = _to_exact(self._exact(y, name).detach(), self.loc.device).reshape(-1, self.dim)
+        rows = to_exact(self._exact(y, name).detach(), self.loc.device).reshape(-1, self.dim)
         bad = ~rows.isfinite()
         if bad.any():
             count, row, column = _first(bad)
@@ -195,22 +197,7 @@ class TargetSpace(nn.Module, ABC):
                 f"{name} has shape {tuple(y.shape)}; expected (..., {self.dim}) for {self!r}; pass {columns}, "
                 f"or choose another space."
             )
-        return _to_exact(y, y.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # nn.Module sends every move and cast of its tensors through here. Ours follow the moves and ignore the casts.
-        def move(tensor: Tensor) -> Tensor:
-            device = fn(torch.empty(0, device=tensor.device)).device
-            dtype = _exact_dtype(device) if tensor.is_floating_point() else tensor.dtype
-            if dtype == torch.float32:  # fn would move it as float64, which such a device refuses
-                tensor = _to_exact(tensor, device)
-            moved = fn(tensor)
-            if moved.dtype == dtype:
-                return moved
-            # A cast has lost digits: move the original, unless it has no values (to_empty).
-            return moved.to(dtype) if tensor.is_meta else tensor.to(device).to(dtype)
-
-        return super()._apply(move, recurse)
+        return to_exact(y, y.device)
 
     @abstractmethod
     def _moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,14 +234,9 @@ class _Elementwise(TargetSpace):
     _accepted: Tensor
     _returned: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        accepted: tuple[float | Sequence[float], float | Sequence[float]],
-        returned: tuple[float | Sequence[float], float | Sequence[float]],
-        periodic: bool = False,
-    ) -> None:
-        super().__init__(dim, (periodic,) * dim)
+    def __init__(self, dim: int, accepted: Ends, returned: Ends, periodic: bool = False) -> None:
+        check_count("dim", dim)
+        super().__init__(int(dim), (periodic,) * int(dim))
         self.register_buffer("loc", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(dim, dtype=torch.float64))
         self.register_buffer("fitted", torch.tensor(False))
@@ -277,7 +259,7 @@ class _Elementwise(TargetSpace):
         return torch.zeros_like(y)
 
     def _expected(self, column: int) -> str:
-        return f"|y| <= {_LARGEST:.2g}, the range of float32"
+        return f"|y| <= {LARGEST:.2g}, the range of float32"
 
     def _moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
         t = self._link(self._clamp(y))
@@ -322,7 +304,7 @@ class Real(_Elementwise):
     """
 
     def __init__(self, dim: int = 1) -> None:
-        super().__init__(_dimensions(dim), (-_LARGEST, _LARGEST), (-_LARGEST, _LARGEST))
+        super().__init__(dim, (-LARGEST, LARGEST), (-LARGEST, LARGEST))
 
 
 class Positive(_Elementwise):
@@ -339,20 +321,20 @@ class Positive(_Elementwise):
     """
 
     def __init__(self, dim: int = 1) -> None:
-        super().__init__(_dimensions(dim), (_SMALLEST, _LARGEST), (_SMALLEST, _LARGEST))
+        super().__init__(dim, (SMALLEST, LARGEST), (SMALLEST, LARGEST))
 
     def _link(self, y: Tensor) -> Tensor:
         return y.log()
 
     def _inverse_link(self, t: Tensor) -> Tensor:
         # Clamped before the exponential, whose gradient would be infinite times 0 otherwise.
-        return t.clamp(math.log(_SMALLEST), math.log(_LARGEST)).exp()
+        return t.clamp(math.log(SMALLEST), math.log(LARGEST)).exp()
 
     def _log_link_derivative(self, y: Tensor) -> Tensor:
         return -y.log()
 
     def _expected(self, column: int) -> str:
-        return f"y > 0, from {_SMALLEST:.2g} to {_LARGEST:.2g}"
+        return f"y > 0, from {SMALLEST:.2g} to {LARGEST:.2g}"
 
 
 class Interval(_Elementwise):
@@ -384,9 +366,12 @@ class Interval(_Elementwise):
     high: float | list[float]
 
     def __init__(self, low: float | Sequence[float], high: float | Sequence[float], dim: int | None = None) -> None:
-        lows, highs = _numbers(low, "low"), _numbers(high, "high")
+        lows, highs = as_numbers(low, "low"), as_numbers(high, "high")
         lengths = {name: len(ends) for name, ends in (("low", lows), ("high", highs)) if isinstance(ends, list)}
-        dim = max(lengths.values(), default=1) if dim is None else _dimensions(dim)
+        if dim is None:
+            dim = max(lengths.values(), default=1)
+        else:
+            check_count("dim", dim)
         for name, length in lengths.items():
             if length != dim or length == 0:
                 raise ValueError(
@@ -400,18 +385,24 @@ class Interval(_Elementwise):
                     f"low has the value {first} and high has {last} in dimension {column}; expected low < high; "
                     f"swap or widen them."
                 )
-        firsts, lasts = zip(*(_float32_inside(first, last) for first, last in pairs), strict=True)
+        firsts, lasts = zip(*(float32_inside(first, last) for first, last in pairs), strict=True)
         super().__init__(dim, accepted=(lows, highs), returned=(firsts, lasts))
         self.low, self.high = lows, highs
 
     def extra_repr(self) -> str:
         return f"low={self.low}, high={self.high}, dim={self.dim}"
 
+    @property
+    def ends(self) -> list[tuple[float, float]]:
+        """Lower and upper end of each dimension."""
+        lows, highs = self._accepted.tolist()
+        return list(zip(lows, highs, strict=True))
+
     def _fractions(self, y: Tensor) -> tuple[Tensor, Tensor]:
         # Both from their own end: 1 - fraction would have no digits left near the upper end.
         low, high = self._accepted
         below, above = (y - low) / (high - low), (high - y) / (high - low)
-        return below.clamp(_MARGIN, 1 - _MARGIN), above.clamp(_MARGIN, 1 - _MARGIN)
+        return below.clamp(MARGIN, 1 - MARGIN), above.clamp(MARGIN, 1 - MARGIN)
 
     def _link(self, y: Tensor) -> Tensor:
         below, above = self._fractions(y)
@@ -461,20 +452,20 @@ class Circle(_Elementwise):
     """
 
     def __init__(self, period: float = 2 * math.pi, low: float = 0.0, dim: int = 1) -> None:
-        period, low = _number(period, "period"), _number(low, "low")
-        if period < _SMALLEST:
+        period, low = as_number(period, "period"), as_number(low, "low")
+        if period < SMALLEST:
             raise ValueError(
                 f"period has the value {period}; expected a positive number; pass the length of a full turn."
             )
         high = low + period
         last = math.nextafter(high, -math.inf)
-        if not (abs(high) <= _LARGEST and low < last and math.isclose(high - low, period, rel_tol=_MARGIN)):
+        if not (abs(high) <= LARGEST and low < last and math.isclose(high - low, period, rel_tol=MARGIN)):
             raise ValueError(
                 f"low has the value {low}, to which a period of {period} cannot be added with precision; expected "
                 f"numbers of similar size; pass a low nearer to 0."
             )
-        first, last = _float32_inside(low, last)
-        super().__init__(_dimensions(dim), (-_LARGEST, _LARGEST), (first, last), periodic=True)
+        first, last = float32_inside(low, last)
+        super().__init__(dim, (-LARGEST, LARGEST), (first, last), periodic=True)
         self.period, self.low = period, low
         self.scale.fill_(period / (2 * math.pi))
 
@@ -536,7 +527,7 @@ class Product(TargetSpace):
                     f"spaces has an argument of type {type(space).__name__}; expected target spaces such as Real(1); "
                     f"pass them one by one: Product(Real(1), Circle())."
                 )
-            parts.extend(space._parts() if isinstance(space, Product) else [space])
+            parts.extend(space.parts if isinstance(space, Product) else [space])
         if not parts:
             raise ValueError("spaces has no entries; expected at least one target space; pass for example Real(1).")
         if len({id(part) for part in parts}) < len(parts):
@@ -549,24 +540,26 @@ class Product(TargetSpace):
 
     @property
     def loc(self) -> Tensor:
-        return torch.cat([part.loc for part in self._parts()])
+        return torch.cat([part.loc for part in self.parts])
 
     @property
     def scale(self) -> Tensor:
-        return torch.cat([part.scale for part in self._parts()])
+        return torch.cat([part.scale for part in self.parts])
 
     @property
     def fitted(self) -> Tensor:
-        return torch.stack([part.fitted for part in self._parts()]).all()
+        return torch.stack([part.fitted for part in self.parts]).all()
 
     def __repr__(self) -> str:
-        return f"Product({', '.join(map(repr, self._parts()))})"
+        return f"Product({', '.join(map(repr, self.parts))})"
 
-    def _parts(self) -> list[TargetSpace]:
+    @property
+    def parts(self) -> list[TargetSpace]:
+        """The spaces of the parts, none of them a product."""
         return list(self.spaces)  # type: ignore[arg-type]
 
     def _split(self, y: Tensor) -> Iterable[tuple[TargetSpace, Tensor]]:
-        parts = self._parts()
+        parts = self.parts
         return zip(parts, y.split([part.dim for part in parts], dim=-1), strict=True)
 
     def _moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -590,40 +583,11 @@ class Product(TargetSpace):
         return torch.cat([part._inside(columns) for part, columns in self._split(y)], dim=-1)
 
     def _expected(self, column: int) -> str:
-        for part in self._parts():
+        for part in self.parts:
             if column < part.dim:
                 return part._expected(column)
             column -= part.dim
         raise IndexError(column)
-
-
-def wrap_angles(z: Tensor, angle: Tensor) -> Tensor:
-    """Bring the dimensions that are angles, by a mask of shape (D,), into [-π, π), (*S, D) to (*S, D)."""
-    return torch.where(angle, torch.remainder(z + math.pi, 2 * math.pi) - math.pi, z)
-
-
-def periodic_flags(dim: int, periodic: Sequence[bool] | None) -> tuple[bool, ...]:
-    """Whether each dimension is an angle, as plain booleans; none of them for None.
-
-    Raises:
-        ValueError: If dim < 1, or periodic has another length than dim.
-    """
-    if dim < 1:
-        raise ValueError(f"dim is {dim}; expected at least 1.")
-    flags = (False,) * dim if periodic is None else tuple(bool(flag) for flag in periodic)
-    if len(flags) != dim:
-        raise ValueError(f"periodic has {len(flags)} entries, but dim is {dim}; pass one flag per dimension.")
-    return flags
-
-
-def _exact_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type in _DEVICES_WITHOUT_FLOAT64 else torch.float64
-
-
-def _to_exact(y: Tensor, device: torch.device) -> Tensor:
-    dtype = _exact_dtype(device)
-    # The cast happens on the side that has float64.
-    return y.to(device).to(dtype) if dtype == torch.float64 else y.to(dtype).to(device)
 
 
 def _first(bad: Tensor) -> tuple[str, int, int]:
@@ -635,42 +599,3 @@ def _first(bad: Tensor) -> tuple[str, int, int]:
 
 def _ends(first: float | Sequence[float], last: float | Sequence[float], dim: int) -> Tensor:
     return torch.stack([torch.as_tensor(end, dtype=torch.float64).expand(dim) for end in (first, last)])
-
-
-def _float32_inside(first: float, last: float) -> tuple[float, float]:
-    """The first and the last float32 number in [first, last]; unchanged where that would cost part of the interval."""
-    least, most = np.float32(first), np.float32(last)
-    if float(least) < first:
-        least = np.nextafter(least, np.float32(np.inf))
-    if float(most) > last:
-        most = np.nextafter(most, np.float32(-np.inf))
-    loss = max(float(least) - first, last - float(most))
-    return (float(least), float(most)) if loss <= _MARGIN * (last - first) else (first, last)
-
-
-def _dimensions(dim: Any) -> int:
-    try:
-        number = 0 if isinstance(dim, bool) else operator.index(dim)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(
-            f"dim has the value {dim!r}; expected an integer of at least 1; pass the number of target columns."
-        )
-    return number
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not abs(number) <= _LARGEST:
-        raise ValueError(f"{name} has the value {value!r}; expected a finite number of at most {_LARGEST:.2g} in size.")
-    return number
-
-
-def _numbers(value: Any, name: str) -> float | list[float]:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return [_number(entry, name) for entry in value] if isinstance(value, list | tuple) else _number(value, name)

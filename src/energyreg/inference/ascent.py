@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from energyreg.densities.spaces import periodic_flags, wrap_angles
+from energyreg.densities.angles import periodic_flags, wrap_angles
 
 __all__ = ["refine"]
 

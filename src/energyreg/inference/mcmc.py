@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energyreg.checks import check_count
+from energyreg.densities.angles import periodic_flags, wrap_angles
 from energyreg.densities.mixtures import draw
-from energyreg.densities.spaces import periodic_flags, wrap_angles
 from energyreg.inference.energy import EnergyFunction
 from energyreg.inference.points import WeightedPoints
 

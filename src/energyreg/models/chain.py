@@ -142,12 +142,11 @@ def lines(space: TargetSpace) -> list[TargetSpace]:
         ValueError: If the space is of a kind that this library does not know how to split.
     """
     if isinstance(space, Product):
-        return [line for part in space._parts() for line in lines(part)]
+        return [line for part in space.parts for line in lines(part)]
     if type(space) in (Real, Positive):
         return [type(space)(1) for _ in range(space.dim)]  # type: ignore[call-arg]
     if isinstance(space, Interval):
-        lows, highs = space._accepted.tolist()
-        return [Interval(low, high) for low, high in zip(lows, highs, strict=True)]
+        return [Interval(low, high) for low, high in space.ends]
     if isinstance(space, Circle):
         return [Circle(space.period, space.low) for _ in range(space.dim)]
     if space.dim == 1:

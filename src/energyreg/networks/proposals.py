@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional
 
+from energyreg.densities.angles import periodic_flags
 from energyreg.densities.mixtures import GaussianMixture, Wrapped
-from energyreg.densities.spaces import periodic_flags
 
 __all__ = ["DistributionProposal", "GaussianMixture", "MixtureDensityNetwork"]
 

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from energyreg.checks import check_count
+from energyreg.densities.angles import wrap_angles
 from energyreg.densities.noise import GaussianNoise
-from energyreg.densities.spaces import wrap_angles
 from energyreg.inference.energy import EnergyFunction
 from energyreg.inference.integrators import ImportanceSampling, StratifiedQuadrature
 from energyreg.inference.mcmc import Langevin
