@@ -119,7 +119,7 @@ def test_cell_200_is_read_from_hdf5(tmp_path: Path, shape: tuple[int, ...]) -> N
         load_cell200(path, part="test")
     with h5py.File(path, "a") as file:
         file["IMGs_grey_test"], file["CellCounts_test"] = np.ones(shape, dtype=np.uint8), np.array([1, 2, 3])
-    with pytest.raises(ValueError, match=r"Cell200_64x64\.h5 has images of shape .* and 3 counts"):
+    with pytest.raises(ValueError, match=r"Cell200_64x64\.h5 has images of shape .* and 3 labels"):
         load_cell200(path, part="test")
     with pytest.raises(ValueError, match="part is 'train'"):
         load_cell200(path, part="train")

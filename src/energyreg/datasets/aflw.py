@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from energyreg.datasets.angles import POSE, AngleUnit, converted, within_limit
-from energyreg.datasets.files import PathLike, existing_folder, natural_key, numbers, read_csv, read_mat
+from energyreg.datasets.angles import POSE, AngleUnit, pose_fields, without_wide_angles
+from energyreg.datasets.files import PathLike, existing_folder, numbers, pictures, read_csv, read_mat
 from energyreg.datasets.tasks import ArrayTask, ImageTask
 
 __all__ = ["load_300w_lp", "load_aflw2000", "load_aflw2000_landmarks"]
@@ -50,7 +50,7 @@ def load_aflw2000(path: PathLike, *, units: AngleUnit = "radians", limit: float 
         ValueError: There are no pictures, or a `.mat` is damaged or lacks `Pose_Para`.
     """
     folder = existing_folder(path, "AFLW2000's folder of imageXXXXX.jpg with .mat")
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() == ".jpg"), key=natural_key)
+    files = pictures(folder)
     if not files:
         raise ValueError(f"{folder} holds no .jpg; expected AFLW2000's imageXXXXX.jpg.")
     return _poses(files, units, limit, SOURCE_AFLW, LICENCE_AFLW, None)
@@ -89,7 +89,7 @@ def load_300w_lp(path: PathLike, *, units: AngleUnit = "radians", limit: float |
         for sub in (folder / name, folder / f"{name}_Flip"):
             if not sub.is_dir():
                 continue
-            found = sorted((file for file in sub.iterdir() if file.suffix.lower() == ".jpg"), key=natural_key)
+            found = pictures(sub)
             files += found
             groups += [f"{name}/{re.sub(r'_[0-9]+$', '', file.stem)}" for file in found]
     if not files:
@@ -116,18 +116,10 @@ def _poses(
             )
         pitch, yaw, roll = pose.reshape(-1)[:3]
         radians[row] = yaw, pitch, roll
-    keep = within_limit(np.degrees(radians), limit)
     task = ImageTask(
-        files=files,
-        targets=converted(radians, "radians", units),
-        names=POSE,
-        units=(units,) * 3,
-        source=source,
-        licence=licence,
-        groups=groups,
-        skipped=tuple(f"{files[row]}: an angle beyond ±{limit}°" for row in np.flatnonzero(~keep)),
+        files=files, **pose_fields(radians, "radians", units), source=source, licence=licence, groups=groups
     )
-    return task.subset(keep)
+    return without_wide_angles(task, np.degrees(radians), limit, lambda row: str(files[row]))
 
 
 def load_aflw2000_landmarks(
@@ -155,18 +147,16 @@ def load_aflw2000_landmarks(
     """
     columns = [f"{axis}{k}" for k in range(NUM_LANDMARKS) for axis in "xy"]
     rows = read_csv(path, ["image", *POSE, *columns], "landmarks of AFLW2000")
-    degrees = np.stack([numbers([row[name] for row in rows], Path(path), name) for name in POSE], axis=1)
-    points = np.stack([numbers([row[name] for row in rows], Path(path), name) for name in columns], axis=1)
+    degrees, points = (
+        np.stack([numbers([row[name] for row in rows], path, name) for name in chosen], axis=1)
+        for chosen in (POSE, columns)
+    )
     names = np.array([row["image"] for row in rows])
-    keep = within_limit(degrees, limit)
     task = ArrayTask(
         x=points.reshape(len(rows), NUM_LANDMARKS, 2),
-        targets=converted(degrees * np.array([-1.0 if mat_signs else 1.0, 1.0, 1.0]), "degrees", units),
-        names=POSE,
-        units=(units,) * 3,
+        **pose_fields(degrees * np.array([-1.0 if mat_signs else 1.0, 1.0, 1.0]), "degrees", units),
         source=f"{SOURCE_AFLW}; landmarks by pcr-upm/opal23_headpose",
         licence=f"MIT; the pictures: {LICENCE_AFLW}",
         groups=names,
-        skipped=tuple(f"{path}, {name}: an angle beyond ±{limit}°" for name in names[~keep]),
     )
-    return task.subset(keep)
+    return without_wide_angles(task, degrees, limit, lambda row: f"{path}, {names[row]}")

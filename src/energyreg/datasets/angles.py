@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["POSE", "AngleUnit", "converted", "within_limit"]
+from energyreg.datasets.tasks import Task
+
+__all__ = ["POSE", "AngleUnit", "converted", "pose_fields", "without_wide_angles"]
+
+T = TypeVar("T", bound=Task)
 
 AngleUnit = Literal["radians", "degrees"]
 POSE = ("yaw", "pitch", "roll")
@@ -27,14 +33,27 @@ def converted(angles: NDArray[np.float64], have: AngleUnit, units: AngleUnit) ->
     return np.radians(angles) if units == "radians" else np.degrees(angles)
 
 
-def within_limit(degrees: NDArray[np.float64], limit: float | None) -> NDArray[np.bool_]:
-    """Which rows have all their angles in [-limit, limit] degrees, shape (N,); all of them for None.
+def pose_fields(poses: NDArray[np.float64], have: AngleUnit, units: AngleUnit) -> dict[str, Any]:
+    """The fields targets, names and units of a task of poses (yaw, pitch, roll), shape (N, 3)."""
+    return {"targets": converted(poses, have, units), "names": POSE, "units": (units,) * 3}
+
+
+def without_wide_angles(task: T, degrees: NDArray[np.float64], limit: float | None, name: Callable[[int], str]) -> T:
+    """The task without the rows that have an angle beyond ±limit degrees, which `skipped` lists; all rows for None.
+
+    Args:
+        task: A task of N rows.
+        degrees: The angles, shape (N, D).
+        limit: The largest angle that stays, in degrees.
+        name: What `skipped` calls a row, by its number.
 
     Raises:
         ValueError: limit is not positive.
     """
     if limit is None:
-        return np.ones(len(degrees), dtype=bool)
+        return task
     if not limit > 0:
         raise ValueError(f"limit is {limit}; expected a positive angle in degrees, or None to keep every row.")
-    return np.abs(degrees).max(axis=1) <= limit
+    keep = np.abs(degrees).max(axis=1) <= limit
+    skipped = tuple(f"{name(row)}: an angle beyond ±{limit}°" for row in np.flatnonzero(~keep).tolist())
+    return replace(task.subset(keep), skipped=skipped)

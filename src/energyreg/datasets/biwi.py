@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from energyreg.datasets.angles import POSE, AngleUnit, converted, within_limit
+from energyreg.datasets.angles import AngleUnit, pose_fields, without_wide_angles
 from energyreg.datasets.files import PathLike, existing_file, existing_folder, read_csv, read_npz
 from energyreg.datasets.tasks import ArrayTask, ImageTask
 
@@ -66,15 +66,11 @@ def load_biwi(
         FileNotFoundError: There is no such folder, or a frame has no pose.
         ValueError: There are no sequences, a sequence has no frames, or a pose file is broken.
     """
-    if group not in ("person", "sequence"):
-        raise ValueError(f"group is {group!r}; expected 'person' or 'sequence'.")
+    _check_group(group)
     folder = existing_folder(path, "the folder of BIWI's sequences 01 to 24")
     if (folder / "hpdb").is_dir():
         folder = folder / "hpdb"
-    files: list[Path] = []
-    angles: list[NDArray[np.float64]] = []
-    groups: list[str] = []
-    time: list[int] = []
+    frames: list[tuple[Path, str, int]] = []
     for sequence, person in PEOPLE.items():
         if not (folder / sequence).is_dir():
             continue
@@ -82,23 +78,24 @@ def load_biwi(
         if not found:
             raise ValueError(f"{folder / sequence} holds no frame_XXXXX_rgb.png; expected a sequence of BIWI.")
         for file in found:
-            number = file.name[len("frame_") : -len("_rgb.png")]
-            files.append(file)
-            angles.append(_angles(_rotation(file.with_name(f"frame_{number}_pose.txt"))))
-            groups.append(person if group == "person" else sequence)
-            time.append(int(number))
-    if not files:
+            frames.append((file, person if group == "person" else sequence, int(file.name[6:11])))
+    if not frames:
         raise ValueError(f"{folder} holds none of the folders 01 to 24; expected BIWI's sequences.")
+    files, groups, time = zip(*frames, strict=True)
+    angles = [_angles(_rotation(file.with_name(file.name.replace("rgb.png", "pose.txt")))) for file in files]
     return ImageTask(
-        files=files,
-        targets=converted(np.stack(angles), "radians", units),
-        names=POSE,
-        units=(units,) * 3,
+        files=list(files),
+        **pose_fields(np.stack(angles), "radians", units),
         source=SOURCE,
         licence=LICENCE,
         groups=np.array(groups),
         time=np.array(time, dtype=np.int64),
     )
+
+
+def _check_group(group: str) -> None:
+    if group not in ("person", "sequence"):
+        raise ValueError(f"group is {group!r}; expected 'person' or 'sequence'.")
 
 
 def _rotation(path: Path) -> NDArray[np.float64]:
@@ -160,9 +157,7 @@ def load_biwi_npz(path: PathLike, *, units: AngleUnit = "radians", bgr: bool = T
     rgb = image[..., ::-1] if bgr else image
     return ArrayTask(
         x=np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)),
-        targets=converted(_finite(pose, path, "pose"), "degrees", units),
-        names=POSE,
-        units=(units,) * 3,
+        **pose_fields(_finite(pose, path, "pose"), "degrees", units),
         source=f"{SOURCE}; crops by FSA-Net, Yang et al., CVPR 2019",
         licence=LICENCE,
         time=np.arange(len(pose)),
@@ -213,8 +208,7 @@ def load_headpose_features(
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or has other arrays, or the frames beside it do not fit.
     """
-    if group not in ("person", "sequence"):
-        raise ValueError(f"group is {group!r}; expected 'person' or 'sequence'.")
+    _check_group(group)
     path = Path(path)
     features, poses = read_npz(path, ["features", "poses"], "features of head poses")
     if features.ndim != 2 or features.shape[1] != NUM_FEATURES or poses.shape != (len(features), 3):
@@ -226,19 +220,15 @@ def load_headpose_features(
     _finite(features, path, "features")
     frames = path.with_name(f"{path.stem}_frames.csv")
     groups = _groups(frames, len(features), group) if frames.is_file() else None
-    keep = within_limit(degrees, limit)
     task = ArrayTask(
         x=features.astype(np.float32, copy=False),
-        targets=converted(degrees, "degrees", units),
-        names=POSE,
-        units=(units,) * 3,
+        **pose_fields(degrees, "degrees", units),
         source=f"{SOURCE}; AFLW2000-3D, Zhu et al., CVPR 2016; features by Maaz77/Head-Pose-Estimation-Model",
         licence="research only (BIWI and AFLW)",
         groups=groups,
         time=np.arange(len(features)),
-        skipped=tuple(f"{path}, row {row}: an angle beyond ±{limit}°" for row in np.flatnonzero(~keep)),
     )
-    return task.subset(keep)
+    return without_wide_angles(task, degrees, limit, lambda row: f"{path}, row {row}")
 
 
 def _groups(path: Path, n: int, group: str) -> NDArray[np.str_]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from energyreg.datasets.dots import read_dots
-from energyreg.datasets.files import PathLike, existing_file, existing_folder, natural_key, read_h5
+from energyreg.datasets.files import PathLike, existing_file, existing_folder, natural_key, pictures, read_h5_images
 from energyreg.datasets.tasks import ArrayTask, CountTask
 
 __all__ = ["load_adipocytes", "load_cell200", "load_mbm_cells", "load_vgg_cells"]
@@ -81,13 +80,13 @@ def load_mbm_cells(path: PathLike) -> CountTask:
         ValueError: There are no images, or an image of dots is broken.
     """
     folder = existing_folder(path, "MBM's folder of BM_GRAZ_HE_0001_01_000.png with dots")
-    pictures = sorted((file for file in folder.iterdir() if file.suffix.lower() in PICTURES), key=natural_key)
+    found = pictures(folder, PICTURES)
     dots = {}
-    for file in pictures:
+    for file in found:
         if match := MBM_DOTS.fullmatch(file.stem):
             dots[match[1], match[2], match[3] or match[4]] = file
     pairs, groups = [], []
-    for file in pictures:
+    for file in found:
         if match := MBM_NAME.fullmatch(file.stem):
             default = file.with_name(f"BM_GRAZ_HE_{match[1]}_{match[2]}_dots_{match[3]}.png")
             pairs.append((file, dots.get((match[1], match[2], match[3]), default)))
@@ -128,7 +127,7 @@ def load_adipocytes(path: PathLike) -> CountTask:
     """
     folder = existing_folder(path, "the adipocytes' folder, with images and annotations in it")
     images = existing_folder(folder / "images", "the adipocytes' images")
-    files = sorted((file for file in images.iterdir() if file.suffix.lower() in PICTURES), key=natural_key)
+    files = pictures(images, PICTURES)
     groups = []
     for file in files:
         match = DONOR.search(file.name)
@@ -146,16 +145,9 @@ def load_adipocytes(path: PathLike) -> CountTask:
 
 
 def _counted(
-    folder: Path,
-    pairs: Iterable[tuple[Path, Path]],
-    example: str,
-    *,
-    source: str,
-    licence: str,
-    groups: list[str] | None,
+    folder: Path, pairs: list[tuple[Path, Path]], example: str, *, groups: list[str] | None, **fields: Any
 ) -> CountTask:
-    """The task of images and their images of dots."""
-    pairs = list(pairs)
+    """The task of images and their images of dots; `fields` are its source and licence."""
     if not pairs:
         raise ValueError(f"{folder} holds no images; expected files such as {example}.")
     dots = [read_dots(existing_file(path, f"the dots of {file.name}")) for file, path in pairs]
@@ -164,10 +156,9 @@ def _counted(
         targets=np.array([[float(len(found))] for found in dots]),
         names=("cells",),
         units=("cells",),
-        source=source,
-        licence=licence,
         groups=None if groups is None else np.array(groups),
         dots=dots,
+        **fields,
     )
 
 
@@ -195,16 +186,8 @@ def load_cell200(path: PathLike, *, part: str | None = None) -> ArrayTask:
     if part not in (None, "test"):
         raise ValueError(f"part is {part!r}; expected None or 'test'.")
     suffix = "" if part is None else "_test"
-    data = read_h5(path, [f"IMGs_grey{suffix}", f"CellCounts{suffix}"], "CcGAN's Cell-200")
-    images: NDArray[np.uint8] = data[f"IMGs_grey{suffix}"]
-    counts = data[f"CellCounts{suffix}"].astype(np.float64).reshape(-1)
-    if images.ndim == 3:
-        images = images[:, None]
-    if images.ndim != 4 or images.shape[1] != 1 or images.dtype != np.uint8 or len(images) != len(counts):
-        raise ValueError(
-            f"{path} has images of shape {images.shape}, {images.dtype}, and {len(counts)} counts; expected uint8 of "
-            f"shape (N, 1, H, W), and N counts."
-        )
+    keys = (f"IMGs_grey{suffix}", f"CellCounts{suffix}")
+    images, counts = read_h5_images(path, "CcGAN's Cell-200", keys, channels=1)
     return ArrayTask(
         x=images,
         targets=counts[:, None],

@@ -13,6 +13,7 @@ from energyreg.datasets.files import (
     PathLike,
     existing_file,
     existing_folder,
+    images_of,
     natural_key,
     numbers,
     read_csv,
@@ -89,7 +90,7 @@ Record = tuple[Path, list[float], str, int]
 
 def _table(table: Path, wanted: Sequence[str]) -> Iterator[Record]:
     rows = read_csv(table, ["file", *wanted, "index", "session"], "labels of Donkeycar's frames")
-    images = table.parent / "images" if (table.parent / "images").is_dir() else table.parent
+    images = images_of(table.parent)
     index = numbers([row["index"] for row in rows], table, "index")
     for number, row in enumerate(rows):
         where = f"{table}, row {number + 1}"

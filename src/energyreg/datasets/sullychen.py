@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from energyreg.datasets.angles import AngleUnit, converted
 from energyreg.datasets.files import (
@@ -68,13 +70,20 @@ def load_sullychen(path: PathLike, *, units: AngleUnit = "radians") -> ImageTask
     angles = numbers(text, table, "the angle")
     return ImageTask(
         files=[_frame(folder, name, table) for name in names],
-        targets=converted(angles[:, None], "degrees", units),
-        names=("steering wheel angle",),
-        units=(units,),
-        source=SOURCE,
-        licence=LICENCE,
-        time=np.arange(len(names)),
+        **_fields(angles, units),
     )
+
+
+def _fields(degrees: NDArray[np.float64], units: AngleUnit) -> dict[str, Any]:
+    """All fields of a task but its inputs, for angles in degrees, shape (N,)."""
+    return {
+        "targets": converted(degrees[:, None], "degrees", units),
+        "names": ("steering wheel angle",),
+        "units": (units,),
+        "source": SOURCE,
+        "licence": LICENCE,
+        "time": np.arange(len(degrees)),
+    }
 
 
 def _frame(folder: Path, name: str, table: Path) -> Path:
@@ -108,10 +117,5 @@ def load_steering_h5(path: PathLike, *, units: AngleUnit = "degrees") -> ArrayTa
     images, labels = read_h5_images(path, "CcGAN's steering angles")
     return ArrayTask(
         x=images,
-        targets=converted(labels[:, None], "degrees", units),
-        names=("steering wheel angle",),
-        units=(units,),
-        source=f"{SOURCE}; prepared by Ding et al., ICLR 2021",
-        licence=LICENCE,
-        time=np.arange(len(labels)),
+        **{**_fields(labels, units), "source": f"{SOURCE}; prepared by Ding et al., ICLR 2021"},
     )

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ArrayTask", "CountTask", "ImageTask", "atoms"]
+__all__ = ["ArrayTask", "CountTask", "ImageTask", "Task", "atoms"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Task:
+class Task:
     """What all tasks share; N rows, D targets."""
 
     targets: NDArray[np.float64]
@@ -80,7 +80,7 @@ class _Task:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ImageTask(_Task):
+class ImageTask(Task):
     """Image files and their targets. Images stay on disk, as paths.
 
     Attributes:
@@ -99,7 +99,7 @@ class ImageTask(_Task):
 
     files: list[Path]
 
-    _PER_ROW: ClassVar[tuple[str, ...]] = ("files", "targets", "groups", "time", "split")
+    _PER_ROW: ClassVar[tuple[str, ...]] = ("files", *Task._PER_ROW)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -112,11 +112,11 @@ class CountTask(ImageTask):
 
     dots: list[NDArray[np.int64]]
 
-    _PER_ROW: ClassVar[tuple[str, ...]] = ("files", "targets", "groups", "time", "split", "dots")
+    _PER_ROW: ClassVar[tuple[str, ...]] = (*ImageTask._PER_ROW, "dots")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ArrayTask(_Task):
+class ArrayTask(Task):
     """Inputs that are in one file, as an array; otherwise as :class:`ImageTask`.
 
     Attributes:
@@ -125,7 +125,7 @@ class ArrayTask(_Task):
 
     x: NDArray[Any]
 
-    _PER_ROW: ClassVar[tuple[str, ...]] = ("x", "targets", "groups", "time", "split")
+    _PER_ROW: ClassVar[tuple[str, ...]] = ("x", *Task._PER_ROW)
 
 
 def atoms(values: NDArray[np.floating[Any]], share: float = 0.01) -> dict[float, float]:

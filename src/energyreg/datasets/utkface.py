@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,8 +12,9 @@ from energyreg.datasets.files import (
     PathLike,
     existing_file,
     existing_folder,
-    natural_key,
+    images_of,
     numbers,
+    pictures,
     read_csv,
     read_h5_images,
 )
@@ -25,6 +26,8 @@ SOURCE = "UTKFace, https://susanqq.github.io/UTKFace/; Zhang, Song and Qi, CVPR 
 LICENCE = "non-commercial research only"
 NAME = re.compile(r"(\d{1,3})_([01])_([0-4])_(\d+)\.jpg(\.chip)?\.jpg")
 """[age]_[gender]_[race]_[date and time].jpg.chip.jpg; `.jpg` once in the release that is not aligned."""
+FIELDS: dict[str, Any] = {"names": ("age",), "units": ("years",), "source": SOURCE, "licence": LICENCE}
+"""What is the same in every task of UTKFace."""
 OLDEST = 116
 PAPER_IV = (1, 60)
 """The ages that paper IV keeps of the HDF5 file, in years."""
@@ -64,7 +67,7 @@ def load_utkface(path: PathLike, *, on_error: Literal["raise", "skip"] = "raise"
     if (folder / "labels.csv").is_file():
         return _by_table(folder)
     files, ages, skipped = [], [], []
-    for file in sorted((file for file in folder.iterdir() if file.suffix.lower() == ".jpg"), key=natural_key):
+    for file in pictures(folder):
         match = NAME.fullmatch(file.name)
         if match is None or not 0 <= int(match[1]) <= OLDEST:
             if on_error == "raise":
@@ -81,10 +84,7 @@ def load_utkface(path: PathLike, *, on_error: Literal["raise", "skip"] = "raise"
     return ImageTask(
         files=files,
         targets=np.array(ages)[:, None],
-        names=("age",),
-        units=("years",),
-        source=SOURCE,
-        licence=LICENCE,
+        **FIELDS,
         skipped=tuple(skipped),
     )
 
@@ -92,14 +92,11 @@ def load_utkface(path: PathLike, *, on_error: Literal["raise", "skip"] = "raise"
 def _by_table(folder: Path) -> ImageTask:
     table = folder / "labels.csv"
     rows = read_csv(table, ["file", "age", "split"], "labels of UTKFace")
-    images = folder / "images" if (folder / "images").is_dir() else folder
+    images = images_of(folder)
     return ImageTask(
         files=[existing_file(images / row["file"], f"an image that {table} names") for row in rows],
         targets=numbers([row["age"] for row in rows], table, "age")[:, None],
-        names=("age",),
-        units=("years",),
-        source=SOURCE,
-        licence=LICENCE,
+        **FIELDS,
         split=np.array([row["split"] for row in rows]),
     )
 
@@ -132,8 +129,5 @@ def load_utkface_h5(path: PathLike, *, ages: tuple[int, int] | None = PAPER_IV) 
     return ArrayTask(
         x=images[keep],
         targets=labels[keep, None],
-        names=("age",),
-        units=("years",),
-        source=f"{SOURCE}; prepared by Ding et al., ICLR 2021",
-        licence=LICENCE,
+        **{**FIELDS, "source": f"{SOURCE}; prepared by Ding et al., ICLR 2021"},
     )
