@@ -11,10 +11,10 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # the command line writes files, and reads errors of this module, before it needs torch
+    from torch import Tensor, nn
 
 __all__ = [
     "BOX_HEAD",
@@ -120,6 +120,8 @@ def fingerprint(module: nn.Module) -> str:
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over tensors, with their names, dtypes and shapes, and over the metadata but for a checksum in it."""
+    import torch
+
     digest = hashlib.sha256()
     digest.update(json.dumps({key: metadata[key] for key in sorted(metadata) if key != "sha256"}).encode())
     for name in sorted(tensors):
@@ -143,6 +145,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], kind: str, metadata: d
         OSError: If the file cannot be written; an older one is intact.
     """
     import safetensors.torch
+    from torch import Tensor
 
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()

@@ -21,7 +21,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402
 
 import energyreg as er  # noqa: E402
-from energyreg.cli import app as cli  # noqa: E402
+from energyreg.cli.app import app  # noqa: E402
 from energyreg.estimators.table import EnergyRegressor  # noqa: E402
 from energyreg.evaluation import forecasts as evaluation  # noqa: E402
 from energyreg.tables import files as tablefiles  # noqa: E402
@@ -32,7 +32,7 @@ COLUMNS = ["area", "polar", "share"]
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def succeed(*arguments):
@@ -534,7 +534,7 @@ def test_help_is_there_at_once():
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys; from energyreg.cli import app; app(['-h'], standalone_mode=False); "
+        "import sys; from energyreg.cli.app import app; app(['-h'], standalone_mode=False); "
         "assert not {'torch', 'pandas', 'numpy'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
@@ -586,12 +586,12 @@ def test_importance_finds_the_column_that_matters():
 
 
 def test_fit_reads_a_large_table_in_blocks_to_the_same_model(data, tmp_path, monkeypatch):
-    from energyreg.cli import app as cli
+    from energyreg.cli import fit
     from energyreg.tables import blocks
 
     arguments = ["fit", data, "-t", "rmsd", "--drop", "name", *TINY, "--quiet", "-o"]
     succeed(*arguments, tmp_path / "whole")
-    monkeypatch.setattr(cli, "LARGE_ROWS", 100)
+    monkeypatch.setattr(fit, "LARGE_ROWS", 100)
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 50)
     monkeypatch.setattr(EnergyRegressor, "fit", None)  # is not asked
     succeed(*arguments, tmp_path / "blocks")

@@ -19,7 +19,7 @@ pytest.importorskip("timm")
 from typer.testing import CliRunner  # noqa: E402
 
 import energyreg as er  # noqa: E402
-from energyreg.cli import app as cli  # noqa: E402
+from energyreg.cli.app import app  # noqa: E402
 from energyreg.estimators.image import load_estimator  # noqa: E402
 from energyreg.evaluation import forecasts as evaluation  # noqa: E402
 from energyreg.models import checkpoint  # noqa: E402
@@ -32,7 +32,7 @@ TINY += ["--weights", "none", "--target-kind", "interval:0,120"]
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def succeed(*arguments):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TableFileError",
     "TableWriter",
+    "check_readable",
     "columns_of",
     "count_rows",
     "error_about",
@@ -62,11 +63,10 @@ class TableFileError(ValueError):
 
 def read(path: str | os.PathLike[str], *, kinds: Mapping[str, str] | None = None) -> DataFrame:
     """Read a table whole; see :func:`read_chunks`."""
-    import pandas
-
     frames = list(read_chunks(path, rows=None, kinds=kinds))
-    frame = frames[0] if len(frames) == 1 else pandas.concat(frames, ignore_index=True)
-    return frame
+    import pandas  # afterwards: a missing file is said at once
+
+    return frames[0] if len(frames) == 1 else pandas.concat(frames, ignore_index=True)
 
 
 def read_chunks(
@@ -94,7 +94,7 @@ def read_chunks(
         TableFileError: The file is empty, damaged or of another kind, has a column name twice, or a value of another
             kind than its column.
     """
-    path, kind = Path(path), _kind_of_file(path)
+    path, kind = Path(path), check_readable(path)
     reader = {"csv": _csv, "parquet": _parquet, "feather": _feather}[kind]
     some = False
     for frame in reader(path, rows, kinds or {}, columns):
@@ -106,7 +106,13 @@ def read_chunks(
         raise TableFileError(f"{path}: the table has a header, but no rows.")
 
 
-def _kind_of_file(path: str | os.PathLike[str]) -> str:
+def check_readable(path: str | os.PathLike[str]) -> str:
+    """The format of a file that may hold a table: "csv", "parquet" or "feather". Its content is not looked at.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TableFileError: It is empty, a folder, or has the suffix of something else.
+    """
     path = Path(path)
     kind = _format(path, "read")
     if path.is_dir():
@@ -125,7 +131,7 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
         FileNotFoundError: There is no such file.
         TableFileError: As :func:`read_chunks`.
     """
-    path, kind = Path(path), _kind_of_file(path)
+    path, kind = Path(path), check_readable(path)
     if kind == "csv":
         return _dialect(path).names
     import pyarrow

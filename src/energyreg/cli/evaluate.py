@@ -1,0 +1,87 @@
+"""`energyreg evaluate`: scores of a model's predictions for a table that has the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from energyreg.cli.console import print_json
+from energyreg.cli.inputs import target_columns
+from energyreg.cli.model_file import Fitted, load
+from energyreg.cli.options import Data, Json, Model, Quiet, TargetOfData, Threads
+from energyreg.progress import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Model,
+    data: Data,
+    target: TargetOfData = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Score the predictions for a table that has the targets, against a constant forecast: the marginal of training."""
+    from energyreg.tables import files as tablefiles
+
+    fitted = load(model, threads, data)
+    from energyreg.evaluation import forecasts as evaluation
+
+    names = fitted.targets(target)
+    total = tablefiles.count_rows(data)
+    with Progress("Scoring", "rows", total, not quiet, transient=True) as progress:
+        scores = evaluation.evaluate(fitted.regressor, _pairs(fitted, data, names), progress=progress)
+    model_scores, marginal = scores.model.summary(), scores.marginal.summary()
+    if as_json:
+        print_json(
+            {
+                "model": str(model), "data": str(data), "rows": scores.rows, "targets": names, "scores": model_scores,
+                "marginal": marginal,
+            }
+        )  # fmt: skip
+        return
+    _print_scores(model_scores, marginal, names, scores.rows)
+
+
+def _pairs(fitted: Fitted, data: Path, names: Sequence[str]) -> Iterator[tuple[Any, np.ndarray]]:
+    from energyreg.tables import files as tablefiles
+
+    done = 0
+    kinds = fitted.kinds | dict.fromkeys(names, "number")
+    for frame in tablefiles.read_chunks(data, rows=fitted.chunk_rows, kinds=kinds):
+        frame.columns = [str(name) for name in frame.columns]
+        y = target_columns(frame, names, data, done)
+        x = fitted.inputs(frame, data, names)
+        with fitted.about(data, x, names, range(done + 1, done + len(frame) + 1)):
+            fitted.regressor._inputs(x)
+        yield x, y
+        done += len(frame)
+
+
+def _print_scores(model: Mapping[str, Any], marginal: Mapping[str, Any], names: Sequence[str], rows: int) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100, no_color=True, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, title=None)
+    table.add_column(f"{rows:,} rows", no_wrap=True)
+    table.add_column("model", justify="right")
+    table.add_column("marginal", justify="right")
+    titles = {"nll": "NLL (nats)", "crps": "CRPS", "rmse": "RMSE of the mean", "mae": "MAE of the median"}
+    for key, value in model.items():
+        what, _, level = key.partition("_")
+        title = titles.get(key, f"{level}% interval: {what}")
+        several = isinstance(value, list)
+        for index, name in enumerate(names if several else [""]):
+            own, other = (value[index], marginal[key][index]) if several else (value, marginal[key])
+            cells = [f"{v:.1%}" if what == "coverage" else f"{v:.4f}" for v in (own, other)]
+            table.add_row(f"{title}, {name}" if name else title, *cells)
+    console.print(table)

@@ -1,0 +1,58 @@
+"""`energyreg info`: what a model file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import typer
+
+from energyreg.cli.console import print_json
+from energyreg.cli.model_file import about_training, load
+from energyreg.cli.options import Json, Model
+
+__all__ = ["info"]
+
+
+def info(model: Model, as_json: Json = False) -> None:
+    """Tell what a model file holds."""
+    fitted = load(model)
+    from energyreg.files import with_suffix
+
+    regressor, facts = fitted.regressor, fitted.facts
+    kinds = fitted.kinds
+    history = regressor.history_
+    about = {
+        "model": str(with_suffix(model)),
+        "targets": facts.get("targets"),
+        "target_kind": regressor.target if isinstance(regressor.target, (str, list, tuple)) else repr(regressor.target),
+        "columns": {name: fitted.shown_kind or kinds[name] for name in fitted.columns or []}
+        or regressor.n_features_in_,
+        "rows": facts.get("rows"),
+        "data": facts.get("data"),
+        **about_training(regressor),
+        "best_epoch": history.best_epoch,
+        "validation_nll": history.best_validation_nll,
+        "interrupted": any(one.interrupted for one in regressor.histories_),
+        "rounding": regressor.lattice_step_,
+        "conformal": hasattr(regressor, "conformal_regions_"),
+        "settings": {
+            name: value for name, value in regressor.get_params(deep=False).items() if name != "target"
+        },
+        "parameters": sum(parameter.numel() for parameter in regressor.model_.parameters()),
+        "version": facts.get("version"),
+    }  # fmt: skip
+    if as_json:
+        print_json(about)
+        return
+    width = max(map(len, about))
+    for name, value in about.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        elif isinstance(value, (list, tuple)):
+            value = ", ".join(map(str, value))
+        shown = (
+            {None: "unknown", True: "yes", False: "no"}.get(value, value)
+            if not isinstance(value, int | float) or isinstance(value, bool)
+            else value
+        )
+        typer.echo(f"{name.replace('_', ' '):{width}}  {shown}")

@@ -1,0 +1,173 @@
+"""`energyreg predict` and `energyreg sample`: what a model says of each row of a table, in another table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from energyreg.cli.console import InputError
+from energyreg.cli.inputs import present, target_columns
+from energyreg.cli.model_file import Fitted, load
+from energyreg.cli.options import Data, Identifier, Model, Quiet, Seed, TableOutput, TargetOfData, Threads
+from energyreg.progress import Progress
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["predict", "sample"]
+
+SAMPLES_AT_ONCE = 1_000_000
+
+
+class PointKind(StrEnum):
+    """What one number stands for a density."""
+
+    mean = "mean"
+    median = "median"
+    mode = "mode"
+
+
+def predict(
+    model: Model,
+    data: Data,
+    output: TableOutput,
+    level: Annotated[float, typer.Option(help="Probability of the interval.")] = 0.9,
+    quantiles: Annotated[str, typer.Option(help="Levels of quantiles, as .05,.5,.95.", show_default=False)] = "",
+    kind: Annotated[PointKind, typer.Option(help="The one number of each row.")] = PointKind.mean,
+    density_at_target: Annotated[
+        bool, typer.Option("--density-at-target", help="Add log p of the target, which the table must have.")
+    ] = False,
+    identifier: Identifier = None,
+    target: TargetOfData = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Predict a number, an interval and quantiles for each row; memory stays bounded, whatever the rows."""
+    from energyreg.tables import files as tablefiles
+
+    levels = _levels(quantiles)
+    if not 0 < level < 1:
+        raise InputError(f"--level is {level}; expected a probability between 0 and 1, such as 0.9.")
+    writer = tablefiles.TableWriter(output)
+    fitted = load(model, threads, data)
+    names = fitted.targets(target) if density_at_target else list(target or fitted.facts.get("targets", []))
+
+    def rows_of(frame: DataFrame, x: Any, offset: int) -> dict[str, Any]:
+        regressor, labels = fitted.regressor, fitted.labels()
+        shape = (len(frame), -1, len(labels))
+        columns: dict[str, Any] = {}
+        point = regressor.predict(x, kind=kind.value).reshape(shape)
+        interval = regressor.predict_interval(x, level).reshape(len(frame), len(labels), 2)
+        several = regressor.predict_quantiles(x, levels).reshape(shape) if levels else None
+        for d, label in enumerate(labels):
+            columns[f"{label}{kind.value}"] = point[:, 0, d]
+            columns[f"{label}lower_{_percent(level)}"] = interval[:, d, 0]
+            columns[f"{label}upper_{_percent(level)}"] = interval[:, d, 1]
+            for index, one in enumerate(levels):
+                assert several is not None
+                columns[f"{label}quantile_{one:g}"] = several[:, index, d]
+        if density_at_target:
+            y = target_columns(frame, names, data, offset)
+            columns["log_density"] = regressor.score_samples(x, y)
+        return columns
+
+    rows = _stream(fitted, data, writer, rows_of, names, identifier or [], "Predicting", quiet, fitted.chunk_rows)
+    if not quiet:
+        typer.echo(f"Wrote {output}: {rows:,} rows.")
+
+
+def sample(
+    model: Model,
+    data: Data,
+    output: TableOutput,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Draws for each row.")] = 100,
+    seed: Seed = 0,
+    identifier: Identifier = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw from the predicted density of each row: a table with one line for each draw."""
+    import numpy as np
+
+    from energyreg.tables import files as tablefiles
+
+    writer = tablefiles.TableWriter(output)
+    fitted = load(model, threads, data)
+    names = list(fitted.facts.get("targets", []))
+    state = np.random.RandomState(seed)  # what scikit-learn takes; it goes on from chunk to chunk
+
+    def rows_of(frame: DataFrame, x: Any, offset: int) -> dict[str, Any]:
+        draws = fitted.regressor.sample(x, number, random_state=state)
+        draws = draws.reshape(len(frame) * number, -1)
+        columns: dict[str, Any] = {
+            "row": np.repeat(np.arange(offset + 1, offset + len(frame) + 1), number),
+            "draw": np.tile(np.arange(1, number + 1), len(frame)),
+        }
+        outputs = names or [f"y{i + 1}" if draws.shape[1] > 1 else "y" for i in range(draws.shape[1])]
+        return columns | {name: draws[:, d] for d, name in enumerate(outputs)}
+
+    at_once = max(min(SAMPLES_AT_ONCE // number, fitted.chunk_rows), 1)
+    rows = _stream(fitted, data, writer, rows_of, names, identifier or [], "Sampling", quiet, at_once, number)
+    if not quiet:
+        typer.echo(f"Wrote {output}: {number:,} draws for each of {rows:,} rows.")
+
+
+def _stream(
+    fitted: Fitted,
+    data: Path,
+    writer: Any,
+    rows_of: Callable[[DataFrame, Any, int], dict[str, Any]],
+    targets: Sequence[str],
+    identifiers: Sequence[str],
+    what: str,
+    quiet: bool,
+    chunk_rows: int,
+    repeat: int = 1,
+) -> int:
+    """Read a table in chunks, and write what a function makes of each; returns how many rows there were."""
+    import pandas
+
+    from energyreg.tables import files as tablefiles
+
+    kinds = {name: "text" for name in identifiers if name not in (fitted.columns or [])} | fitted.kinds
+    if writer.path.resolve() == data.resolve():
+        raise InputError(f"{data}: --output is the input; choose another file.")
+    total = tablefiles.count_rows(data)
+    done = 0
+    with Progress(what, "rows", total, not quiet, transient=True) as progress, writer:
+        for frame in tablefiles.read_chunks(data, rows=chunk_rows, kinds=kinds):
+            frame.columns = [str(name) for name in frame.columns]
+            present(frame, identifiers, data, "--id names")
+            x = fitted.inputs(frame, data, [*targets, *identifiers])
+            with fitted.about(data, x, targets, range(done + 1, done + len(frame) + 1)):
+                columns = rows_of(frame, x, done)
+            twice = [name for name in identifiers if name in columns]
+            if twice:
+                raise InputError(f"--id {twice[0]}: the output has a column of this name already; rename it.")
+            copied = {name: frame[name].repeat(repeat).reset_index(drop=True) for name in identifiers}
+            writer.write(pandas.DataFrame(copied | columns))
+            done += len(frame)
+            progress(len(frame))
+    return done
+
+
+def _levels(text: str) -> list[float]:
+    levels = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            level = float(part)
+        except ValueError:
+            level = math.nan
+        if not 0 < level < 1:
+            raise InputError(f"--quantiles has {part!r}; expected probabilities between 0 and 1, as .05,.5,.95.")
+        levels.append(level)
+    return levels
+
+
+def _percent(level: float) -> str:
+    return f"{100 * level:.10g}"
