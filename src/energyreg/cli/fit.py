@@ -40,8 +40,7 @@ class OnError(StrEnum):
 
 def _of_images(help: str, default: str | None = None, **more: Any) -> Any:
     """An option for images, under a heading of its own in the help."""
-    shown = {} if default is None else {"show_default": default}
-    return typer.Option(help=help, rich_help_panel="Images", **shown, **more)
+    return typer.Option(help=help, rich_help_panel="Images", show_default=default or True, **more)
 
 
 def fit(
