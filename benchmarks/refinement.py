@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.rows import Benchmark, Measurement, Options, Skipped
 from benchmarks.timing import paired
-from energyreg.vision.detection.detector import Inference, add_energy_head
+from energyreg.vision.boxes.postprocessing import Inference
+from energyreg.vision.detection.detector import add_energy_head
 
 __all__ = ["BENCHMARKS", "actions"]
 

@@ -187,7 +187,7 @@ def test_files_and_classes_are_of_a_size_to_read(path: Path) -> None:
         ("from ..models import model", "networks.heads", "models is not below networks"),
         ("def f():\n    from energyreg.training import fit", "models.model", "training is not below models"),
         ("from energyreg.inference import ascent", "networks.heads", "inference is not below networks"),
-        ("from energyreg.vision.detection import detector", "vision.boxes.boxes", "is not below vision.boxes"),
+        ("from energyreg.vision.detection import detector", "vision.boxes.energy", "is not below vision.boxes"),
         ("from energyreg import fit", "reports.page", "import"),
         ("from ..spaces import Real", "datasets.protein", "import"),
         ("from energyreg.datasets import load_protein", "training.loop", "datasets is not below training"),

@@ -34,8 +34,10 @@ from energyreg.files import write_atomically
 from energyreg.inference.ascent import refine
 from energyreg.networks.proposals import MixtureDensityNetwork
 from energyreg.objectives import contract as objectives
-from energyreg.vision.boxes.boxes import WINDOW, BoxSpace, _inside, box_noise, paired_iou
-from energyreg.vision.detection.detector import BoxEnergy, BoxEnergyHead
+from energyreg.vision.boxes.distribution import WINDOW, box_noise, inside
+from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
+from energyreg.vision.boxes.geometry import paired_iou
+from energyreg.vision.boxes.spaces import BoxSpace
 from energyreg.vision.pooling.roi_pool import Pyramid, roi_pool
 from experiments.claims import do_each, in_processes
 
@@ -247,8 +249,8 @@ class EnergyNetwork(nn.Module):
         def log_density(boxes: Tensor) -> Tensor:
             valid = window.contains(boxes)
             safe = torch.where(valid[..., None], boxes, scenes.reference)
-            inside = valid & _inside(window.to_model(safe), WINDOW)
-            return torch.where(inside, f(space.to_model(safe)) + space.log_abs_det_jacobian(safe), -torch.inf)
+            valid = valid & inside(window.to_model(safe), WINDOW)
+            return torch.where(valid, f(space.to_model(safe)) + space.log_abs_det_jacobian(safe), -torch.inf)
 
         return log_density
 

@@ -142,7 +142,7 @@ def _decode(path: str | os.PathLike[str], size: int) -> Image:
             warnings.simplefilter("ignore")  # of metadata that nobody here looks at
             with Image.open(path) as image:
                 image.draft("RGB", (DRAFT * size, DRAFT * size))
-                return _as_rgb(image)
+                return as_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error
@@ -155,7 +155,12 @@ def _decode(path: str | os.PathLike[str], size: int) -> Image:
         ) from error
 
 
-def _as_rgb(image: Image) -> Image:
+def as_rgb(image: Image) -> Image:
+    """An open image of Pillow as RGB, turned as its EXIF data say, on white where it is transparent.
+
+    Raises:
+        ValueError: If it has values without a known range.
+    """
     from PIL import Image as pil
     from PIL import ImageOps
 

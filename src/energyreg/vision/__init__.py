@@ -7,28 +7,16 @@ and is imported when it is needed.
 import sys
 
 from energyreg.aliases import FunctionsStay
-from energyreg.vision.boxes.boxes import (
-    BoxDistribution,
-    BoxSpace,
-    box_noise,
-    check_boxes,
-    paired_iou,
-    variance_voting,
-)
+from energyreg.vision.boxes.batch import BoxBatch, BoxCollate
+from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
+from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
+from energyreg.vision.boxes.geometry import check_boxes, paired_iou, variance_voting
+from energyreg.vision.boxes.postprocessing import Inference
+from energyreg.vision.boxes.spaces import BoxSpace
 from energyreg.vision.detection.average_precision import average_precision
 from energyreg.vision.detection.data import BoxDataset, BoxRecord
-from energyreg.vision.detection.detector import (
-    BoxBatch,
-    BoxCollate,
-    BoxEnergy,
-    BoxEnergyHead,
-    EnergyDetector,
-    Inference,
-    WithDetectorLoss,
-    add_energy_head,
-    load_head,
-    save_head,
-)
+from energyreg.vision.detection.detector import EnergyDetector, WithDetectorLoss, add_energy_head
+from energyreg.vision.detection.files import load_head, save_head
 from energyreg.vision.detection.small_detector import small_detector
 from energyreg.vision.pooling.roi_pool import Pyramid, assign_levels, roi_pool
 from energyreg.vision.pooling.rotated_pool import rotated_roi_pool

@@ -8,14 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from energyreg.vision.boxes.boxes import (
-    BoxDistribution,
-    BoxSpace,
-    box_noise,
-    check_boxes,
-    paired_iou,
-    variance_voting,
-)
+from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
+from energyreg.vision.boxes.geometry import check_boxes, paired_iou, variance_voting
+from energyreg.vision.boxes.spaces import BoxSpace
 
 
 def _random_boxes(*shape: int, seed: int = 0) -> Tensor:

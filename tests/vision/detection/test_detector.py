@@ -20,17 +20,13 @@ from energyreg.files import BOX_HEAD, CheckpointError
 from energyreg.models import checkpoint
 from energyreg.objectives import contract as objectives
 from energyreg.objectives.contract import NCE
-from energyreg.vision.boxes.boxes import BoxDistribution, BoxSpace, box_noise, paired_iou, variance_voting
-from energyreg.vision.detection.detector import (
-    BoxBatch,
-    BoxCollate,
-    EnergyDetector,
-    Inference,
-    WithDetectorLoss,
-    add_energy_head,
-    load_head,
-    save_head,
-)
+from energyreg.vision.boxes.batch import BoxBatch, BoxCollate
+from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
+from energyreg.vision.boxes.geometry import paired_iou, variance_voting
+from energyreg.vision.boxes.postprocessing import Inference
+from energyreg.vision.boxes.spaces import BoxSpace
+from energyreg.vision.detection.detector import EnergyDetector, WithDetectorLoss, add_energy_head
+from energyreg.vision.detection.files import load_head, save_head
 
 pytest.importorskip("torchvision")
 

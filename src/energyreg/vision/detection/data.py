@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from energyreg.images.files import ImageFileError, _as_rgb
-from energyreg.vision.boxes.boxes import check_boxes, torchvision
+from energyreg.images.files import ImageFileError, as_rgb
+from energyreg.vision.boxes.geometry import check_boxes, torchvision
 
 __all__ = ["BoxDataset", "BoxRecord"]
 
@@ -330,7 +330,7 @@ def _read_image(path: Path) -> Tensor:
         ) from error
     try:
         with Image.open(path) as image:
-            pixels = np.array(_as_rgb(image))
+            pixels = np.array(as_rgb(image))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise anything

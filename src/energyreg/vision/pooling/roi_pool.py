@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+
+from energyreg.vision.pooling.bag import BLOCK, Bag, check_bins, check_boxes, check_indices
 
 __all__ = ["Pyramid", "assign_levels", "roi_pool"]
 
@@ -34,8 +35,6 @@ FEW = 2**18
 """Nodes that all boxes together may touch in one group."""
 LADDER = [1, 2, *(size for power in range(1, 20) for size in (3 * 2 ** (power - 1), 2 ** (power + 1)))]
 """Numbers of nodes along a side of a bin that boxes are grouped by: each at most one and a half times the last."""
-BLOCK = 2**20
-"""Weighted nodes that are summed in one call: 12 MB of weights and indices."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,24 @@ class Pyramid:
     def channels(self) -> int:
         """Features C of a node."""
         return int(self.table.shape[1])
+
+    def pool(self, boxes: Tensor, image: Tensor, output_size: int) -> Tensor:
+        """Pooled features of boxes; see :func:`roi_pool`."""
+        return roi_pool(self, boxes, image, output_size=output_size)
+
+    def empty(self, boxes: Tensor, bins: tuple[int, int]) -> Tensor:
+        """No rows, but attached to the graph, so that a batch without boxes does not break a backward pass."""
+        nothing = boxes.new_zeros((0, self.channels, *bins), dtype=self.table.dtype, device=self.table.device)
+        return (boxes.sum() + self.table.sum()).to(self.table.dtype) * nothing
+
+    def places(self, level: Tensor, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Of each box's map: nodes per pixel, its first row in the table, its height and its width, shape (R,) each."""
+        device = self.table.device
+        areas = [height * width for height, width in self.sizes]
+        offsets = [self.num_images * sum(areas[:place]) for place in range(len(areas))]
+        height, width = torch.tensor(self.sizes, device=device)[level].unbind(1)
+        start = torch.tensor(offsets, device=device)[level] + image * height * width
+        return torch.tensor(self.scales, device=device, dtype=dtype)[level], start, height, width
 
 
 def assign_levels(boxes: Tensor, scales: Sequence[float]) -> Tensor:
@@ -182,21 +199,21 @@ def roi_pool(
             "the head by themselves, and call roi_pool between them."
         )
     pyramid = features if isinstance(features, Pyramid) else Pyramid.of(features, scales)
-    bins = _bins(output_size)
-    _check_boxes(boxes)
+    bins = check_bins(output_size)
+    check_boxes(boxes)
     count, device = len(boxes), pyramid.table.device
     dtype = torch.promote_types(torch.promote_types(boxes.dtype, pyramid.table.dtype), torch.float32)
-    image = _indices(image, "image", count, pyramid.num_images, device)
+    image = check_indices(image, "image", count, pyramid.num_images, device)
     if level is None and pyramid.num_levels > 1:
         level = assign_levels(boxes.to(device), pyramid.scales)
-    level = _indices(level, "level", count, pyramid.num_levels, device)
+    level = check_indices(level, "level", count, pyramid.num_levels, device)
     channels = pyramid.channels
     if not count:
-        return _nothing(pyramid, boxes, bins)
+        return pyramid.empty(boxes, bins)
 
     finite = boxes.detach().isfinite().all(1)
     corners = torch.where(finite[:, None], boxes, torch.zeros_like(boxes)).to(device, dtype)
-    scale, start, height, width = _places(pyramid, level, image, dtype)
+    scale, start, height, width = pyramid.places(level, image, dtype)
     corners = corners * scale[:, None]
     y_axis = _Axis.of(corners[:, 1], corners[:, 3], bins[0], height)
     x_axis = _Axis.of(corners[:, 0], corners[:, 2], bins[1], width)
@@ -211,7 +228,7 @@ def roi_pool(
         nodes = y_row[:, :, None, :, None] + x_node[:, None, :, None, :]
         flat = (len(rows) * bins[0] * bins[1], ky * kx)
         with torch.autocast(device.type, enabled=False):
-            part = _Bag.apply(table, weights.to(table.dtype).reshape(flat), nodes.reshape(flat))
+            part = Bag.apply(table, weights.to(table.dtype).reshape(flat), nodes.reshape(flat))
         parts.append(part.view(len(rows), *bins, channels))
         order.append(rows)
     pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -220,22 +237,6 @@ def roi_pool(
     if not bool(finite.all()):
         pooled = torch.where(finite.to(device)[:, None, None, None], pooled, torch.nan)
     return pooled.to(pyramid.table.dtype)
-
-
-def _nothing(pyramid: Pyramid, boxes: Tensor, bins: tuple[int, int]) -> Tensor:
-    """No rows, but attached to the graph, so that a batch without boxes does not break a backward pass."""
-    empty = boxes.new_zeros((0, pyramid.channels, *bins), dtype=pyramid.table.dtype, device=pyramid.table.device)
-    return (boxes.sum() + pyramid.table.sum()).to(pyramid.table.dtype) * empty
-
-
-def _places(pyramid: Pyramid, level: Tensor, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Of each box's map: nodes per pixel, its first row in the table, its height and its width, shape (R,) each."""
-    device = pyramid.table.device
-    areas = [height * width for height, width in pyramid.sizes]
-    offsets = [pyramid.num_images * sum(areas[:place]) for place in range(len(areas))]
-    height, width = torch.tensor(pyramid.sizes, device=device)[level].unbind(1)
-    start = torch.tensor(offsets, device=device)[level] + image * height * width
-    return torch.tensor(pyramid.scales, device=device, dtype=dtype)[level], start, height, width
 
 
 @dataclass(frozen=True)
@@ -313,76 +314,6 @@ def _round_up(count: Tensor) -> Tensor:
     return ladder[torch.searchsorted(ladder, count)]
 
 
-class _Bag(torch.autograd.Function):
-    """Σ_k weights[b, k] table[nodes[b, k]], shape (b, C): `embedding_bag` with derivatives of any order."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, weights: Tensor, nodes: Tensor) -> Tensor:
-        ctx.save_for_backward(table, weights, nodes)
-        with torch.enable_grad():
-            ctx.leaves = [
-                each.detach().requires_grad_(needed)
-                for each, needed in zip((table, weights), ctx.needs_input_grad[:2], strict=True)
-            ]
-            ctx.sums = embedding_bag(nodes, ctx.leaves[0], mode="sum", per_sample_weights=ctx.leaves[1])
-        return ctx.sums.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        table, weights, nodes = ctx.saved_tensors
-        graph = (ctx.sums, *ctx.leaves)
-        return *_BagGradient.apply(table, weights, gradient, nodes, ctx.needs_input_grad[:2], graph), None
-
-
-class _BagGradient(torch.autograd.Function):
-    """The gradients of :class:`_Bag` in the table and in the weights; their own gradients are bags again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        table: Tensor,
-        weights: Tensor,
-        gradient: Tensor,
-        nodes: Tensor,
-        wanted: tuple[bool, bool],
-        graph: tuple[Tensor, ...] | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(table, weights, gradient, nodes)
-        ctx.wanted = wanted
-        if graph is None:
-            with torch.enable_grad():
-                leaves = [
-                    each.detach().requires_grad_(needed) for each, needed in zip((table, weights), wanted, strict=True)
-                ]
-                graph = (embedding_bag(nodes, leaves[0], mode="sum", per_sample_weights=leaves[1]), *leaves)
-        sums, *leaves = graph
-        chosen = [leaf for leaf, needed in zip(leaves, wanted, strict=True) if needed]
-        # Kept, as the caller may ask for the gradient again; it goes with the caller's graph.
-        values = iter(torch.autograd.grad(sums, chosen, gradient.detach().contiguous(), retain_graph=True))
-        to_table, to_weights = (next(values) if needed else None for needed in wanted)
-        return to_table, to_weights
-
-    @staticmethod
-    def backward(ctx: Any, along_table: Tensor | None, along_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        # d/d(table, weights, gradient) of Σ weights · gradient · table[nodes], with one factor replaced at a time.
-        table, weights, gradient, nodes = ctx.saved_tensors
-        need_table, need_weights, need_gradient = ctx.needs_input_grad[:3]
-        to_table = to_weights = to_gradient = None
-        if along_weights is not None:
-            if need_table:
-                to_table, _ = _BagGradient.apply(table, along_weights, gradient, nodes, (True, False), None)
-            if need_gradient:
-                to_gradient = _Bag.apply(table, along_weights, nodes)
-        if along_table is not None:
-            if need_weights:
-                _, to_weights = _BagGradient.apply(along_table, weights, gradient, nodes, (False, True), None)
-            if need_gradient:
-                part = _Bag.apply(along_table, weights, nodes)
-                to_gradient = part if to_gradient is None else to_gradient + part
-        return to_table, to_weights, to_gradient, None, None, None
-
-
 class _Reorder(torch.autograd.Function):
     """Rows in another order; its gradient goes back by the inverse, where PyTorch's own would add up row by row."""
 
@@ -395,32 +326,3 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors
         return _Reorder.apply(gradient, inverse, order), None, None
-
-
-def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
-        raise ValueError(f"output_size is {output_size!r}; expected a whole number of at least 1, or two of them.")
-    return pair[0], pair[1]
-
-
-def _check_boxes(boxes: Tensor, columns: int = 4, meaning: str = "corners (x1, y1, x2, y2)") -> None:
-    if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
-        found = f"dtype {boxes.dtype}" if isinstance(boxes, Tensor) else f"type {type(boxes).__name__}"
-        raise TypeError(f"boxes has {found}; expected a floating-point tensor of shape (R, {columns}).")
-    if boxes.ndim != 2 or boxes.shape[1] != columns:
-        raise ValueError(f"boxes has shape {tuple(boxes.shape)}; expected (R, {columns}): {meaning}.")
-
-
-def _indices(index: Tensor | None, name: str, count: int, limit: int, device: torch.device) -> Tensor:
-    if index is None:
-        if limit > 1:
-            raise ValueError(f"{name} is None, but there are {limit} {name}s; pass the {name} of each box, shape (R,).")
-        return torch.zeros(count, dtype=torch.long, device=device)
-    if index.shape != (count,) or index.is_floating_point():
-        raise ValueError(
-            f"{name} has shape {tuple(index.shape)} and dtype {index.dtype}; expected ({count},) integers."
-        )
-    if count and not 0 <= int(index.min()) <= int(index.max()) < limit:
-        raise ValueError(f"{name} has values from {int(index.min())} to {int(index.max())}; expected 0 to {limit - 1}.")
-    return index.to(device, torch.long)

@@ -17,17 +17,8 @@ import torch
 from torch import Tensor
 
 from energyreg.checks import check_count
-from energyreg.vision.pooling.roi_pool import (
-    BLOCK,
-    Pyramid,
-    _Bag,
-    _bins,
-    _check_boxes,
-    _indices,
-    _nothing,
-    _places,
-    assign_levels,
-)
+from energyreg.vision.pooling.bag import BLOCK, Bag, check_bins, check_boxes, check_indices
+from energyreg.vision.pooling.roi_pool import Pyramid, assign_levels
 
 __all__ = ["rotated_roi_pool"]
 
@@ -77,23 +68,23 @@ def rotated_roi_pool(
     tensor([2.5000, 1.5000])
     """
     pyramid = features if isinstance(features, Pyramid) else Pyramid.of(features, scales)
-    bins = _bins(output_size)
-    _check_boxes(boxes, 5, "centre, sides and angle (cx, cy, w, h, θ)")
+    bins = check_bins(output_size)
+    check_boxes(boxes, 5, "centre, sides and angle (cx, cy, w, h, θ)")
     check_count("points", points)
     count, device, table = len(boxes), pyramid.table.device, pyramid.table
     dtype = torch.promote_types(torch.promote_types(boxes.dtype, table.dtype), torch.float32)
-    image = _indices(image, "image", count, pyramid.num_images, device)
+    image = check_indices(image, "image", count, pyramid.num_images, device)
     if level is None and pyramid.num_levels > 1:
         upright = torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
         level = assign_levels(upright.to(device), pyramid.scales)
-    level = _indices(level, "level", count, pyramid.num_levels, device)
+    level = check_indices(level, "level", count, pyramid.num_levels, device)
     if not count:
-        return _nothing(pyramid, boxes, bins)
+        return pyramid.empty(boxes, bins)
 
     finite = boxes.detach().isfinite().all(1).to(device)
     numbers = torch.where(finite[:, None], boxes.to(device, dtype), 0.0)
     area = (numbers[:, 2:4].detach() > 0).all(1)
-    scale, *place = _places(pyramid, level, image, dtype)
+    scale, *place = pyramid.places(level, image, dtype)
     if table.dtype in (torch.half, torch.bfloat16):
         table = table.float()
     share, along = _gauss(points, dtype, device)
@@ -105,7 +96,7 @@ def rotated_roi_pool(
         weights = weights * (share[:, None] * share)[..., None] * area[rows, None, None, None, None, None]
         flat = (len(rows) * bins[0] * bins[1], 4 * points**2)
         with torch.autocast(device.type, enabled=False):
-            part = _Bag.apply(table, weights.to(table.dtype).reshape(flat), nodes.reshape(flat))
+            part = Bag.apply(table, weights.to(table.dtype).reshape(flat), nodes.reshape(flat))
         parts.append(part.view(len(rows), *bins, -1))
     pooled = torch.cat(parts).permute(0, 3, 1, 2)
     return torch.where(finite[:, None, None, None], pooled, torch.nan).to(pyramid.table.dtype)
