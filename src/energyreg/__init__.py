@@ -70,13 +70,13 @@ _ORIGIN = {
     "EnergyEnsemble": "models.ensemble",
     "EnergyRegressionModel": "models.model",
     "EnergyRegressor": "estimators.table",
-    "History": "training.loop",
+    "History": "training.history",
     "ImageEncoder": "networks.image_encoders",
     "ImageRegressor": "estimators.image",
     "PredictiveDistribution": "models.predictive",
-    "TrainingError": "training.loop",
+    "TrainingError": "training.failures",
     "WeightedPoints": "inference.points",
-    "fit": "training.loop",
+    "fit": "training.fitting",
     "fit_chain": "training.chains",
     "fit_ensemble": "training.ensembles",
     "load": "models.checkpoint",
@@ -126,4 +126,6 @@ if TYPE_CHECKING:
     from energyreg.tables import preprocessing as tables
     from energyreg.training.chains import fit_chain
     from energyreg.training.ensembles import fit_ensemble
-    from energyreg.training.loop import History, TrainingError, fit
+    from energyreg.training.failures import TrainingError
+    from energyreg.training.fitting import fit
+    from energyreg.training.history import History

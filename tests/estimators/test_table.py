@@ -450,7 +450,7 @@ def test_ctrl_c_within_a_timed_step_ends_cleanly(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Training, "_step", interrupted)
+    monkeypatch.setattr(training.Training, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt, match="there is no model yet"):
         EnergyRegressor(**FAST, time_budget=5.0).fit(X, Y)
 

@@ -25,6 +25,7 @@ from energyreg.networks.encoders import TableEncoder, TwinEncoder
 from energyreg.networks.heads import SeparableHead
 from energyreg.networks.proposals import DistributionProposal, MixtureDensityNetwork
 from energyreg.objectives.contract import ExactMaximumLikelihood, Loss
+from energyreg.training import data, fitting, stacking
 from energyreg.training import ensembles as ensemble_training
 from energyreg.training import loop as training
 
@@ -406,8 +407,7 @@ def test_patience_waits_for_every_member() -> None:
 
 def test_dropout_masks_are_the_members_own() -> None:
     members = [seeded(lambda: Model.for_table(2, width=16, dropout=0.5), 0) for _ in range(3)]
-    assemble = ensemble_training._Assemble(members, members[0])
-    stacked = assemble._join(members).train()
+    stacked = stacking.Stack(members).model.train()
     context = stacked.encoder(X[:8].repeat(3, 1)).unflatten(0, (3, 8))
     zero = context == 0
     assert 0.3 < float(zero.float().mean()) < 0.7
@@ -420,9 +420,7 @@ def test_dropout_masks_are_the_members_own() -> None:
 def test_members_have_their_own_probabilities_of_dropout() -> None:
     rates = [0.0, 0.25, 0.75]
     members = [seeded(lambda rate=rate: Model.for_table(2, width=64, dropout=rate), 0) for rate in rates]  # type: ignore[misc]
-    assemble = ensemble_training._Assemble(members, members[0])
-    ensemble_training._check_structure(members)
-    stacked = assemble._join(members).train()
+    stacked = stacking.Stack(members).model.train()
     context = stacked.encoder(X[:50].repeat(3, 1)).unflatten(0, (3, 50))
     shares = (context == 0).double().mean((1, 2))
     # Five standard deviations of a share of 3,200 draws.
@@ -440,7 +438,7 @@ def test_the_default_settings_train() -> None:
     assert [len(history.validation_nll) for history in ensemble.histories] == [8] * 3
     assert all(history.validation_nll[-1] < history.validation_nll[0] for history in ensemble.histories)
     mean = sum(history.best_validation_nll or 0.0 for history in ensemble.histories) / 3
-    held_out = training._split(len(Y), 0.1, 0)[1]
+    held_out = data.split(len(Y), 0.1, 0)[1]
     assert float(-ensemble(X[held_out]).log_prob(Y[held_out]).mean()) < mean  # the concave log
     assert not ensemble.training and ensemble.fitted and not any(m.training for m in ensemble.modules())
 
@@ -577,7 +575,7 @@ def test_members_of_different_structure(tmp_path: Path) -> None:
 
 def test_both_ways_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     together = fit_ensemble(objective=Quadrature(), validation=0.2)
-    monkeypatch.setattr(ensemble_training, "_refused_arguments", lambda *_: "a test")
+    monkeypatch.setattr(ensemble_training, "_needs_separate_trainings", lambda *_: True)
     apart = fit_ensemble(objective=Quadrature(), validation=0.2)
     # Single precision, 10 steps of AdamW.
     for name, tensor in together.state_dict().items():
@@ -724,7 +722,8 @@ def test_weights_and_limit_reach_members_that_are_trained_one_after_the_other() 
 def test_the_limit_of_time_is_that_of_all_members_together(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10_000))
     monkeypatch.setattr(training, "time", type("Ticks", (), {"perf_counter": staticmethod(lambda: float(next(ticks)))}))
-    monkeypatch.setattr(ensemble_training, "time", training.time)
+    for module in (ensemble_training, fitting):
+        monkeypatch.setattr(module, "time", training.time)
     with pytest.warns(UserWarning, match="the members have the weights of their best epochs up to"):
         ensemble = fit_ensemble(epochs=1000, time_limit=100)
     assert all(history.timed_out and all(map(math.isfinite, history.validation_nll)) for history in ensemble.histories)

@@ -22,7 +22,8 @@ from energyreg.networks.image_encoders import ImageEncoder
 from energyreg.randomness import caller_random_state, seed_global
 from energyreg.tables import files as tablefiles
 from energyreg.tables.preprocessing import column_names, read_targets
-from energyreg.training.loop import History, fit
+from energyreg.training.fitting import fit
+from energyreg.training.history import History
 
 __all__ = ["ImageRegressor", "load_estimator"]
 

@@ -34,7 +34,8 @@ from energyreg.tables.files import TableFileError, error_about
 from energyreg.tables.preprocessing import TablePreprocessor, column_names, read_columns, read_targets
 from energyreg.training.chains import fit_chain
 from energyreg.training.ensembles import fit_ensemble
-from energyreg.training.loop import History, fit
+from energyreg.training.fitting import fit
+from energyreg.training.history import History
 
 try:
     from sklearn.base import BaseEstimator, RegressorMixin

@@ -302,6 +302,11 @@ class EnergyRegressionModel(nn.Module):
         """Whether the space, the base and the encoder have seen training data."""
         return all(bool(getattr(part, "fitted", True)) for part in (self.space, self.base, self.encoder))
 
+    @property
+    def preprocesses_inputs(self) -> bool:
+        """Whether `fit_preprocessing` reads x: whether the encoder has something to fit."""
+        return hasattr(self.encoder, "fit")
+
     def fit_preprocessing(self, x: Any, y: Any) -> None:
         """Fit what comes before training: the targets' standardisation, the base, the features' normaliser.
 

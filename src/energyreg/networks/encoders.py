@@ -113,7 +113,7 @@ class QuantileNormalizer(nn.Module):
         return torch.special.ndtri((position + 0.5) / (last + 1)).T
 
 
-class _Dropout(nn.Module):
+class Dropout(nn.Module):
     """Dropout from random bytes: torch's own costs as much as the layer it follows on a CPU, this a fifth of that.
 
     The probability is rounded to a multiple of 1/256, and the scale goes by the rounded one. It is a buffer, so that
@@ -314,7 +314,7 @@ def _hidden_layers(
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(width, context_dim), activation(), _Dropout(dropout)]
+        layers += [nn.Linear(width, context_dim), activation(), Dropout(dropout)]
         width = context_dim
     return nn.Sequential(*layers)
 

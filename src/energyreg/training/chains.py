@@ -14,10 +14,11 @@ from energyreg.models.chain import EnergyChain
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.randomness import caller_random_state, seed_global
-from energyreg.training import ensembles as ensemble_training
-from energyreg.training import loop as training
-from energyreg.training.ensembles import fit_ensemble
-from energyreg.training.loop import History
+from energyreg.training.data import checked_weights, split
+from energyreg.training.ensembles import fit_ensemble, time_left
+from energyreg.training.fitting import fit
+from energyreg.training.history import History
+from energyreg.training.settings import TrainingSettings
 
 __all__ = ["fit_chain"]
 
@@ -70,9 +71,9 @@ def fit_chain(
     """
     started = time.perf_counter()
     check_count("n_members", n_members)
-    training._check_time_limit(time_limit)
     if refused := sorted({"checkpoint_dir", "resume"} & set(settings)):
         raise ValueError(f"{refused[0]} is given, but a chain's training cannot be resumed; leave it out.")
+    TrainingSettings(time_limit=time_limit, seed=seed, **settings)  # wrong ones fail before there is work to lose
     chains = _build(build, n_members, seed)
     first = chains[0]
     x, y = first.check_inputs(x), first.check_targets(y)
@@ -80,7 +81,7 @@ def fit_chain(
         raise ValueError(f"x has {len(x)} rows, but y has {len(y)}; expected one target for each row.")
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} row; expected at least 2 to learn from.")
-    weights = training._checked_weights(sample_weight, x, y)
+    weights = checked_weights(sample_weight, x, y)
     x, y, weights, held_out = _split(first, x, y, weights, validation, seed)
     for chain in chains:
         if not bool(chain.space.fitted):
@@ -93,14 +94,14 @@ def fit_chain(
         if held_out is not None:
             pair = first.table(position, *held_out[:2]), held_out[1][:, [output]], *held_out[2:]
         models = [chain.factors[position] for chain in chains]
-        left = ensemble_training._time_left(time_limit, started, len(first.order) - position)
+        left = time_left(time_limit, started, len(first.order) - position)
         arguments: dict[str, Any] = {
             "sample_weight": weights, "validation": pair, "time_limit": left, "seed": seed, **settings,
         }  # fmt: skip
         target = y[:, [output]]
         if n_members == 1:
             assert isinstance(models[0], EnergyRegressionModel)
-            histories.append([training.fit(models[0], table, target, **arguments)])
+            histories.append([fit(models[0], table, target, **arguments)])
             factors.append(models[0])
         else:
             ensemble = fit_ensemble(models, table, target, **arguments)  # type: ignore[arg-type]
@@ -149,7 +150,7 @@ def _split(
         raise ValueError(f"validation is {validation!r}; expected a fraction in (0, 1), (x_val, y_val) or None.")
     if weights is not None:
         x, y, weights = (part[weights > 0] for part in (x, y, weights))
-    rows, chosen = training._split(len(y), float(fraction), seed)
+    rows, chosen = split(len(y), float(fraction), seed)
     if weights is None:
         return x[rows], y[rows], None, (x[chosen], y[chosen])
     return x[rows], y[rows], weights[rows], (x[chosen], y[chosen], weights[chosen])

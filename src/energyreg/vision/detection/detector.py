@@ -98,8 +98,9 @@ class EnergyDetector(nn.Module):
         objective: What :func:`energyreg.fit` minimises by default.
     """
 
-    # What `fit` asks of a model: there is no preprocessing to be fitted.
+    # There is no preprocessing to be fitted; see `energyreg.training.Trainable`.
     fitted = True
+    preprocesses_inputs = False
     detector: Any
 
     def __init__(
@@ -149,6 +150,21 @@ class EnergyDetector(nn.Module):
     def default_objective(self) -> Any:
         """The objective that the model was made with."""
         return self.objective
+
+    def fit_preprocessing(self, x: Any, y: Any) -> None:
+        """Nothing: boxes are measured by their own sides."""
+
+    def check_inputs(self, x: Any) -> Any:
+        """Return the batch.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if not isinstance(x, BoxBatch):
+            raise ValueError(
+                f"x is a {type(x).__name__}; expected a BoxBatch, of a DataLoader with collate_fn=model.collate."
+            )
+        return x
 
     def check_targets(self, y: Tensor) -> Tensor:
         """Refuse boxes that cannot be meant; see :func:`~energyreg.vision.boxes.check_boxes`."""
