@@ -113,7 +113,7 @@ def fit(
         names, frame, y = _training_table(data, target, drop or [], image=image)
 
     from energyreg.estimators.table import EnergyRegressor
-    from energyreg.training.loop import TrainingError
+    from energyreg.training.failures import TrainingError
 
     held_out = None
     if share is None:

@@ -103,7 +103,8 @@ class Training:
         self.histories = [History() for _ in range(job.num_members)]
         self.epoch = 0
         averaged = job.settings.averaging is not None
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad} if averaged else {}
+        module: Any = job.model  # a module beside being Trainable
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad} if averaged else {}
         self.average = {name: p.detach().clone() for name, p in self.trained.items()}
         self.kept = self.copy_weights()  # the best weights so far; without validation the last
         rows = job.data.training.rows if isinstance(job.data.training, Rows) else None
