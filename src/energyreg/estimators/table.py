@@ -33,6 +33,7 @@ from energyreg.tables.blocks import FileTable, MemoryTable, Scratch, Source, enc
 from energyreg.tables.files import TableFileError, error_about
 from energyreg.tables.preprocessing import TablePreprocessor, column_names, read_columns, read_targets
 from energyreg.training.chains import fit_chain
+from energyreg.training.data import default_batch_size
 from energyreg.training.ensembles import fit_ensemble
 from energyreg.training.fitting import fit
 from energyreg.training.history import History
@@ -590,7 +591,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         rows = len(y)
         auto = _by_rows(MEMBERS if self.n_outputs_ == 1 else MEMBERS_OF_SEVERAL, rows)
         members = auto if self.n_members == "auto" else int(self.n_members)
-        batch_size = self.batch_size or _batch_size(rows)
+        batch_size = self.batch_size or default_batch_size(y)
         steps = max(rows // min(batch_size, rows), 1)
         epochs = min(max(round(STEPS / steps), EPOCHS[0]), EPOCHS[1]) if self.epochs == "auto" else int(self.epochs)
         settings: dict[str, Any] = {
@@ -1385,10 +1386,6 @@ def _epoch_seconds(histories: list[History], members: int) -> float:
 def _weights_of(model: EnergyRegressionModel | EnergyEnsemble | EnergyChain) -> list[float]:
     """The weights of an ensemble's members."""
     return model.shares if isinstance(model, EnergyEnsemble) else [1.0]
-
-
-def _batch_size(rows: int) -> int:
-    return 256 if rows >= 6_400 else max(2 ** int(math.log2(max(rows / 25, 1))), 32)
 
 
 def _is_whole(value: Any) -> bool:
