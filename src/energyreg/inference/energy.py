@@ -1,18 +1,177 @@
-"""The energy function y → f(x, y) for a batch of contexts: all that objectives and inference see of a model."""
+"""The energy y → f(x, y) of the examples of a batch: all that objectives and inference see of a model.
+
+:class:`Energy` is the contract. Any function of y, shape (\*S, B, D) to (\*S, B), serves objectives and chains too;
+:func:`periodic_of` then asks the caller which dimensions are angles. Quadrature and predictive distributions need a
+:class:`ReferencedEnergy`, of which :class:`EnergyFunction` is the one of a single model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
+from energyreg.densities.spaces import periodic_flags
 
-__all__ = ["EnergyFunction"]
+__all__ = ["Energy", "EnergyFunction", "ReferencedEnergy", "periodic_of"]
+
+
+class Energy(Protocol):
+    """f(x, ·) of the B examples of a batch, in model space; f[b] knows the context of example b.
+
+    Attributes:
+        periodic: Whether each dimension of y is an angle in [-π, π).
+        batch_size: Examples B.
+        dtype: Of y.
+        device: Of y.
+    """
+
+    @property
+    def periodic(self) -> tuple[bool, ...]: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        """Return f(x, y), shape (*S, B), at y of shape (*S, B, D), differentiable in y."""
+        ...
+
+
+AnyEnergy = Energy | Callable[[Tensor], Tensor]
+"""y of shape (*S, B, D) in model space to f of shape (*S, B): an :class:`Energy`, or any function of y."""
+
+
+def periodic_of(f: AnyEnergy, dim: int, given: Sequence[bool] | None = None, name: str = "periodic") -> tuple[bool, ...]:
+    """Which dimensions of y are angles: what the energy says, or else the caller, or else none.
+
+    Args:
+        f: An energy. Any function may say it too, by an attribute `periodic`.
+        dim: Dimensions D of y.
+        given: What the caller says.
+        name: Name of that argument, for the message.
+
+    Raises:
+        ValueError: If the two contradict each other, or have another length than dim.
+
+    >>> periodic_of(lambda y: y.cos().sum(-1), dim=2, given=[True, False])
+    (True, False)
+    """
+    said = None if given is None else periodic_flags(dim, given)
+    own = getattr(f, "periodic", None)
+    if own is None:
+        return periodic_flags(dim, said)
+    own = tuple(bool(flag) for flag in own)
+    if len(own) != dim:
+        raise ValueError(f"y has {dim} dimensions, but f.periodic is {own}: this energy takes {len(own)}.")
+    if said not in (None, own):
+        raise ValueError(
+            f"{name} is {said}, but f.periodic is {own}: the energy has angles where it says True. Leave {name} out, or "
+            "pass periodic=space.periodic."
+        )
+    return own
+
+
+class ReferencedEnergy(ABC):
+    r"""An energy relative to a reference measure p₀, in whose unit coordinates u its partition function is an integral.
+
+    .. math:: Z = \int_{(0,1)^D} \exp(f - \log p_0) du
+
+    An :class:`Energy`, and all that quadrature and predictive distributions ask for.
+
+    Attributes:
+        reference: The measure p₀, with `log_prob`, `to_unit` and `from_unit`.
+        context: What the energy knows of its examples, first dimension B.
+        q: The proposal q(y|x), if there is one.
+        conditional: Whether f is relative to the proposal.
+        normalised: Whether log Z = 0 for certain.
+        is_reference: Whether f is the log-density of p₀ itself.
+    """
+
+    reference: Any
+    context: Tensor
+    q: Distribution | None
+    conditional: bool
+    normalised: bool
+    is_reference: bool
+
+    @property
+    def periodic(self) -> tuple[bool, ...]:
+        """Whether each dimension of y is an angle."""
+        return tuple(self.reference.periodic)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples B."""
+        return self.context.shape[0]  # not len(), which would fix the batch size in an exported graph
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of y."""
+        return self._buffer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where y is."""
+        return self._buffer.device
+
+    @property
+    def _buffer(self) -> Tensor:
+        return next(buffer for buffer in self.reference.buffers() if buffer.is_floating_point())
+
+    @abstractmethod
+    def __call__(self, z: Tensor, /) -> Tensor:
+        """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""
+
+    @abstractmethod
+    def relative(self, u: Tensor) -> Tensor:
+        """Return f - log p₀ at unit coordinates of the reference, (*S, B, D) or (*S, 1, D) to (*S, B)."""
+
+    @abstractmethod
+    def floats_per_point(self, shared: bool) -> int:
+        """Working memory of one value of f, in floats; what chunks are sized by."""
+
+    def target_and_relative(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f at the examples' targets and f - log p₀ at nodes, as two calls do, in one where that is possible.
+
+        Args:
+            z: Targets in model space, shape (B, D).
+            u: Unit coordinates of nodes shared by all examples, shape (G, 1, D).
+
+        Returns:
+            f of shape (B,), and f - log p₀ of shape (G, B).
+        """
+        return self(z), self.relative(u)
+
+
+def require_reference(f: AnyEnergy, user: str) -> ReferencedEnergy:
+    """Return f if it has a reference measure.
+
+    Args:
+        f: An energy, or any function of y.
+        user: What needs the reference, for the message.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    if isinstance(f, ReferencedEnergy) or all(hasattr(f, name) for name in ("reference", "relative")):
+        return f  # type: ignore[return-value]
+    raise TypeError(
+        f"{user} needs an energy with a reference measure to integrate over, but f is a {type(f).__name__} without one. "
+        "Pass model.energy(x), an energyreg.inference.energy.EnergyFunction, or a subclass of ReferencedEnergy; any "
+        "function of y is enough for NCE, score matching and Markov chains."
+    )
 
 
 def _detached(q: Distribution) -> Distribution:
@@ -36,7 +195,7 @@ def _in_one_pass(head: Any) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, 
     return None
 
 
-class EnergyFunction:
+class EnergyFunction(ReferencedEnergy):
     r"""f(x, ·) in model space, for the B rows of a batch: f(x, z) = log base(z|x) + g(context, v(z)).
 
     Args:
@@ -61,26 +220,10 @@ class EnergyFunction:
         if isinstance(base, ProposalBase) and q is None:
             raise ValueError("base is a ProposalBase, but q is None; the proposal must be given.")
         self.head, self.context, self.base, self.q = head, context, base, q
+        self.conditional, self.normalised = isinstance(base, ProposalBase), head is None
+        self.reference: Lebesgue | Marginal = base.reference if isinstance(base, ProposalBase) else base
+        self.is_reference = self.normalised and not self.conditional
 
-    @property
-    def reference(self) -> Lebesgue | Marginal:
-        """The unconditional measure whose unit coordinates the head sees and the quadrature integrates over."""
-        return self.base.reference if isinstance(self.base, ProposalBase) else self.base
-
-    @property
-    def batch_size(self) -> int:
-        """Rows B."""
-        return self.context.shape[0]  # not len(), which would fix the batch size in an exported graph
-
-    @property
-    def normalised(self) -> bool:
-        """Whether log Z = 0 for certain: there is no head, so that f is the log-density of the base."""
-        return self.head is None
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether f is the log-density of the reference itself: there is neither a head nor a proposal as base."""
-        return self.head is None and not self.conditional
 
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of f, in floats; what chunks are sized by."""
@@ -88,11 +231,6 @@ class EnergyFunction:
         head = 1 if self.head is None else getattr(self.head, "floats_per_point", lambda shared: 2048)(shared)
         mixture = 6 * getattr(getattr(self.q, "means", None), "shape", (0, 0))[1] if self.conditional else 0
         return head + mixture
-
-    @property
-    def conditional(self) -> bool:
-        """Whether the base is the proposal."""
-        return isinstance(self.base, ProposalBase)
 
     @property
     def _standardised(self) -> bool:
@@ -136,23 +274,14 @@ class EnergyFunction:
             return self.q.log_prob(z)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""
+        """Return f(x, z), (*S, B, D) or (*S, 1, D) to (*S, B)."""
         return self._log_base(z) + self._g(self._coordinates(z))
 
     def _log_base(self, z: Tensor) -> Tensor:
         return self._log_q(z) if self.conditional else self.reference.log_prob(z)
 
     def relative(self, u: Tensor) -> Tensor:
-        r"""Return f - log p₀ at unit coordinates of the reference p₀.
-
-        .. math:: Z = \int_{(0,1)^D} \exp(f - \log p_0) du
-
-        Args:
-            u: Unit coordinates, shape (*S, B, D), or (*S, 1, D) shared by all rows.
-
-        Returns:
-            The log-density relative to the reference, unnormalised, shape (*S, B).
-        """
+        """Return f - log p₀ at unit coordinates of the reference, (*S, B, D) or (*S, 1, D) to (*S, B)."""
         z = self.reference.from_unit(u) if self.conditional else None
         v = self._coordinates(z) if z is not None and self._standardised else 2 * u - 1
         return self._log_relative_base(z, self._g(v))
@@ -161,15 +290,7 @@ class EnergyFunction:
         return g if z is None else self._log_q(z) - self.reference.log_prob(z) + g
 
     def target_and_relative(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f at the rows' targets and f - log p₀ at nodes, as two calls do, in one where the head can.
-
-        Args:
-            z: Targets in model space, shape (B, D).
-            u: Unit coordinates of nodes shared by all rows, shape (G, 1, D).
-
-        Returns:
-            f of shape (B,), and f - log p₀ of shape (G, B).
-        """
+        """Return f at the targets (B, D) and f - log p₀ at nodes (G, 1, D), in one pass through the head if it can."""
         both = None if self._standardised else _in_one_pass(self.head)
         if both is None:
             return self(z), self.relative(u)
