@@ -300,6 +300,7 @@ class Borders:
     """Borders relative to those of reference boxes (B, 4), in parts of their heights."""
 
     reference: Tensor
+    periodic = (False,) * 4
 
     @property
     def _unit(self) -> Tensor:

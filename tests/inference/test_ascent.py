@@ -130,7 +130,7 @@ def test_keeps_dtype_and_start_and_carries_no_gradient(dtype: torch.dtype) -> No
         ({"step_size": torch.ones(3)}, "step_size has length 3; expected one number, or 2"),
         ({"step_size": [0.1]}, "step_size has length 1; expected one number, or 2"),
         ({"step_size": torch.ones(4, 2)}, r"step_size has shape \(4, 2\)"),
-        ({"periodic": [True]}, "periodic has 1 entries, but dim is 2"),
+        ({"periodic": [True]}, "periodic has 1 entries, but y has 2 dimensions"),
         ({"decay": 0.0}, "decay is 0.0"),
         ({"decay": 1.0}, "decay is 1.0"),
     ],

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from energyreg.densities.angles import periodic_flags, wrap_angles
+from energyreg.densities.angles import wrap_angles
+from energyreg.inference.energy import AnyEnergy, periodic_of
 
 __all__ = ["refine"]
 
 
 def refine(
-    function: Callable[[Tensor], Tensor],
+    function: AnyEnergy,
     start: Tensor,
     *,
     num_steps: int = 10,
@@ -39,7 +40,8 @@ def refine(
         step_size: Length λ that multiplies the gradient: a number, one per dimension (D,), or one per point and
             dimension, any shape that broadcasts to (*S, B, D) and ends in D.
         decay: Factor that shortens a rejected step, in (0, 1).
-        periodic: Which dimensions are angles, whose points are wrapped into [-π, π); by default none is wrapped.
+        periodic: Which dimensions are angles, wrapped into [-π, π), where the function does not say it; see
+            :func:`~energyreg.inference.energy.periodic_of`.
 
     Returns:
         Refined estimates, shape (*S, B, D).
@@ -60,7 +62,7 @@ def refine(
 
 
 def refine_with_values(
-    function: Callable[[Tensor], Tensor],
+    function: AnyEnergy,
     start: Tensor,
     *,
     num_steps: int = 10,
@@ -77,7 +79,7 @@ def refine_with_values(
         raise ValueError(f"decay is {decay}; expected a number in (0, 1).")
     y = start.detach()
     step = _as_step(step_size, y)
-    wrap = _wrapper(y, periodic)
+    wrap = _wrapper(y, periodic_of(function, y.shape[-1], periodic))
 
     def value_and_gradient(y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -116,12 +118,11 @@ def _as_step(step_size: float | Sequence[float] | Tensor, y: Tensor) -> Tensor:
         ) from None
 
 
-def _wrapper(y: Tensor, periodic: Sequence[bool] | None) -> Callable[[Tensor], Tensor]:
+def _wrapper(y: Tensor, periodic: Sequence[bool]) -> Callable[[Tensor], Tensor]:
     """The function that brings angles into [-π, π) and leaves other dimensions alone."""
-    flags = periodic_flags(y.shape[-1], periodic)
-    if not any(flags):
+    if not any(periodic):
         return lambda y: y
-    angle = torch.tensor(flags, device=y.device)
+    angle = torch.tensor(periodic, device=y.device)
     return lambda y: wrap_angles(y, angle)
 
 

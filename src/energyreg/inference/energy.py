@@ -1,4 +1,4 @@
-"""The energy y → f(x, y) of the examples of a batch: all that objectives and inference see of a model.
+r"""The energy y → f(x, y) of the examples of a batch: all that objectives and inference see of a model.
 
 :class:`Energy` is the contract. Any function of y, shape (\*S, B, D) to (\*S, B), serves objectives and chains too;
 :func:`periodic_of` then asks the caller which dimensions are angles. Quadrature and predictive distributions need a
@@ -10,14 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from energyreg.densities.angles import periodic_flags
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
-from energyreg.densities.spaces import periodic_flags
 
 __all__ = ["Energy", "EnergyFunction", "ReferencedEnergy", "periodic_of"]
 
@@ -53,7 +54,9 @@ AnyEnergy = Energy | Callable[[Tensor], Tensor]
 """y of shape (*S, B, D) in model space to f of shape (*S, B): an :class:`Energy`, or any function of y."""
 
 
-def periodic_of(f: AnyEnergy, dim: int, given: Sequence[bool] | None = None, name: str = "periodic") -> tuple[bool, ...]:
+def periodic_of(
+    f: AnyEnergy, dim: int, given: Sequence[bool] | None = None, name: str = "periodic"
+) -> tuple[bool, ...]:
     """Which dimensions of y are angles: what the energy says, or else the caller, or else none.
 
     Args:
@@ -68,17 +71,20 @@ def periodic_of(f: AnyEnergy, dim: int, given: Sequence[bool] | None = None, nam
     >>> periodic_of(lambda y: y.cos().sum(-1), dim=2, given=[True, False])
     (True, False)
     """
-    said = None if given is None else periodic_flags(dim, given)
     own = getattr(f, "periodic", None)
+    for who, flags in ((name, given), ("f.periodic", own)):
+        if flags is not None and len(flags) != dim:
+            raise ValueError(
+                f"{who} has {len(flags)} entries, but y has {dim} dimensions; expected one flag per dimension."
+            )
+    said = periodic_flags(dim, given)
     if own is None:
-        return periodic_flags(dim, said)
-    own = tuple(bool(flag) for flag in own)
-    if len(own) != dim:
-        raise ValueError(f"y has {dim} dimensions, but f.periodic is {own}: this energy takes {len(own)}.")
-    if said not in (None, own):
+        return said
+    own = periodic_flags(dim, own)
+    if given is not None and said != own:
         raise ValueError(
-            f"{name} is {said}, but f.periodic is {own}: the energy has angles where it says True. Leave {name} out, or "
-            "pass periodic=space.periodic."
+            f"{name} is {said}, but f.periodic is {own}: they must agree on which dimensions are "
+            "angles. Pass periodic=space.periodic."
         )
     return own
 
@@ -101,7 +107,6 @@ class ReferencedEnergy(ABC):
 
     reference: Any
     context: Tensor
-    q: Distribution | None
     conditional: bool
     normalised: bool
     is_reference: bool
@@ -125,6 +130,11 @@ class ReferencedEnergy(ABC):
     def device(self) -> torch.device:
         """Where y is."""
         return self._buffer.device
+
+    @cached_property
+    def q(self) -> Distribution | None:
+        """The proposal, or None."""
+        return None
 
     @property
     def _buffer(self) -> Tensor:
@@ -168,9 +178,9 @@ def require_reference(f: AnyEnergy, user: str) -> ReferencedEnergy:
     if isinstance(f, ReferencedEnergy) or all(hasattr(f, name) for name in ("reference", "relative")):
         return f  # type: ignore[return-value]
     raise TypeError(
-        f"{user} needs an energy with a reference measure to integrate over, but f is a {type(f).__name__} without one. "
-        "Pass model.energy(x), an energyreg.inference.energy.EnergyFunction, or a subclass of ReferencedEnergy; any "
-        "function of y is enough for NCE, score matching and Markov chains."
+        f"{user} needs an energy with a reference measure to integrate over, but f is a {type(f).__name__} without "
+        "one. Pass model.energy(x), an energyreg.inference.energy.EnergyFunction, or a subclass of ReferencedEnergy; "
+        "any function of y is enough for NCE, score matching and Markov chains."
     )
 
 
@@ -223,7 +233,6 @@ class EnergyFunction(ReferencedEnergy):
         self.conditional, self.normalised = isinstance(base, ProposalBase), head is None
         self.reference: Lebesgue | Marginal = base.reference if isinstance(base, ProposalBase) else base
         self.is_reference = self.normalised and not self.conditional
-
 
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of f, in floats; what chunks are sized by."""

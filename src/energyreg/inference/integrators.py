@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from energyreg.checks import check_count
 from energyreg.densities.mixtures import GaussianMixture, draw
-from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.energy import AnyEnergy, ReferencedEnergy, require_reference
 from energyreg.inference.points import Cells, WeightedPoints
 
 __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
@@ -20,11 +20,6 @@ __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
 def graded(t: Tensor) -> Tensor:
     """A map of (0, 1) onto itself that is flat at both ends, so that even points become finer towards the tails."""
     return t.square() * (3 - 2 * t)
-
-
-def _device_and_dtype(f: EnergyFunction) -> tuple[torch.device, torch.dtype]:
-    buffer = next(buffer for buffer in f.reference.buffers() if buffer.is_floating_point())
-    return buffer.device, buffer.dtype
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,10 @@ class StratifiedQuadrature:
         """Nodes per dimension for D = dim."""
         return max(int(self.num_nodes ** (1 / dim) + 1e-9), 1)
 
-    def nodes(self, f: EnergyFunction, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def nodes(self, f: ReferencedEnergy, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Unit coordinates of the nodes, shape (G, 1, D), and their log-weights, shape (G, 1)."""
-        device, dtype = _device_and_dtype(f)
-        dim = f.reference.dim
+        f = require_reference(f, "Quadrature")
+        device, dtype, dim = f.device, f.dtype, len(f.periodic)
         n = self.per_dimension(dim)
         cells = torch.arange(n, dtype=dtype, device=device)
         grid = torch.stack(torch.meshgrid(*[cells] * dim, indexing="ij"), -1).reshape(-1, 1, dim)
@@ -73,23 +68,23 @@ class StratifiedQuadrature:
         )
         return self.unit((grid + offset) / n, f)
 
-    def unit(self, t: Tensor, f: EnergyFunction) -> tuple[Tensor, Tensor]:
+    def unit(self, t: Tensor, f: ReferencedEnergy) -> tuple[Tensor, Tensor]:
         """Unit coordinates and log-weights of points that are uniform in (0, 1)^D before the grading."""
         log_weights = torch.full_like(t[..., 0], -math.log(len(t)))
         if not self.graded:
             return t, log_weights
-        straight = torch.tensor(f.reference.periodic, device=t.device)
+        straight = torch.tensor(f.periodic, device=t.device)
         u = torch.where(straight, t, graded(t))
         slope = torch.where(straight, torch.ones_like(t), 6 * t * (1 - t))
         return u, log_weights + slope.log().sum(-1)
 
-    def log_weights(self, f: EnergyFunction, *, generator: torch.Generator | None = None) -> Tensor:
+    def log_weights(self, f: ReferencedEnergy, *, generator: torch.Generator | None = None) -> Tensor:
         """Log-weights of the nodes, shape (G, B); their logsumexp is log Z."""
         u, log_weights = self.nodes(f, generator=generator)
         return f.relative(u) + log_weights
 
     def __call__(
-        self, f: EnergyFunction, q: Distribution | None = None, *, generator: torch.Generator | None = None
+        self, f: ReferencedEnergy, q: Distribution | None = None, *, generator: torch.Generator | None = None
     ) -> WeightedPoints:
         """Return the weighted points, in model space. The proposal q is not used."""
         u, log_weights = self.nodes(f, generator=generator)
@@ -133,7 +128,7 @@ class ImportanceSampling:
         return q.sample((self.num_samples,), generator=generator, stratified=self.stratified)
 
     def __call__(
-        self, f: EnergyFunction, q: Distribution | None = None, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None = None, *, generator: torch.Generator | None = None
     ) -> WeightedPoints:
         """Return the weighted points, in model space.
 
@@ -181,17 +176,17 @@ class AdaptiveQuadrature:
         if not self.max_mass > 0:
             raise ValueError(f"max_mass is {self.max_mass}; expected a number > 0.")
 
-    def shared_cells(self, f: EnergyFunction) -> Cells:
+    def shared_cells(self, f: ReferencedEnergy) -> Cells:
         """The cells that all rows share."""
-        device, dtype = _device_and_dtype(f)
-        t = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=device)
-        u = t if f.reference.periodic[0] else graded(t)
+        f = require_reference(f, "AdaptiveQuadrature")
+        t = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=f.device)
+        u = t if f.periodic[0] else graded(t)
         edges, centres = u[::2], u[1::2]
         log_widths = edges.diff().log()
-        values = f.relative(centres.to(dtype)[:, None, None])
-        return Cells(edges, centres.to(dtype), values + log_widths[:, None].to(dtype))
+        values = f.relative(centres.to(f.dtype)[:, None, None])
+        return Cells(edges, centres.to(f.dtype), values + log_widths[:, None].to(f.dtype))
 
-    def own_cells(self, f: EnergyFunction, cells: Cells) -> Cells:
+    def own_cells(self, f: ReferencedEnergy, cells: Cells) -> Cells:
         """Cells of their own for the rows of f, at quantiles of the density that the given cells show."""
         dtype = cells.log_masses.dtype
         masses = cells.log_masses.detach().double().softmax(0)
@@ -211,11 +206,11 @@ class AdaptiveQuadrature:
         return Cells(edges, centres.to(dtype), values + log_widths.to(dtype))
 
     @staticmethod
-    def _has_cdf(f: EnergyFunction) -> bool:
+    def _has_cdf(f: ReferencedEnergy) -> bool:
         return f.conditional and isinstance(f.q, GaussianMixture)
 
     @staticmethod
-    def _proposal_masses(f: EnergyFunction, cells: Cells, rows: Tensor | None = None) -> Tensor:
+    def _proposal_masses(f: ReferencedEnergy, cells: Cells, rows: Tensor | None = None) -> Tensor:
         """Masses of the proposal in the cells, of all rows or of some, which share their cells then."""
         assert isinstance(f.q, GaussianMixture)
         q = f.q if rows is None else f.q[rows]
@@ -226,7 +221,7 @@ class AdaptiveQuadrature:
         masses = cdf.diff(dim=0).clamp_min(0)
         return masses / masses.sum(0).clamp_min(1e-300)
 
-    def needs_refinement(self, f: EnergyFunction, cells: Cells) -> Tensor:
+    def needs_refinement(self, f: ReferencedEnergy, cells: Cells) -> Tensor:
         """Which rows need cells of their own, shape (B,)."""
         with torch.no_grad():
             needed = ~(cells.log_partition_stderr <= self.tolerance) | (cells.masses.amax(0) > self.max_mass)
@@ -237,7 +232,7 @@ class AdaptiveQuadrature:
                     needed = needed.index_put((suspect,), needed[suspect] | heavy)
         return needed
 
-    def _coarse_for_proposal(self, f: EnergyFunction, cells: Cells) -> Tensor:
+    def _coarse_for_proposal(self, f: ReferencedEnergy, cells: Cells) -> Tensor:
         """Rows whose proposal may put more than max_mass into one of the shared cells, shape (B,).
 
         At most the height of a Gaussian times the width of the cell is in it. That takes a look at the cells around

@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from energyreg.checks import check_count
 from energyreg.densities.angles import periodic_flags, wrap_angles
 from energyreg.densities.mixtures import draw
-from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.energy import AnyEnergy, periodic_of
 from energyreg.inference.points import WeightedPoints
 
 __all__ = [
@@ -34,9 +34,6 @@ __all__ = [
     "rhat",
     "effective_sample_size",
 ]
-
-Energy = Callable[[Tensor], Tensor]
-"""y of shape (M, B, D), in model space, to f of shape (M, B), each value a function of its own y alone."""
 
 
 def _check_step_size(step_size: float | Sequence[float] | Tensor, most_dims: int = 3) -> None:
@@ -59,13 +56,6 @@ def _steps(step_size: float | Sequence[float] | Tensor, y: Tensor) -> Tensor:
             "dimension."
         )
     return steps
-
-
-def _angles(f: Energy, periodic: Sequence[bool] | None, dim: int) -> tuple[bool, ...]:
-    """Which dimensions are angles: as the caller says, or else as the energy's reference says."""
-    if periodic is None and isinstance(f, EnergyFunction):
-        periodic = f.reference.periodic
-    return periodic_flags(dim, periodic)
 
 
 def _mask(angles: tuple[bool, ...], y: Tensor) -> Tensor | None:
@@ -101,11 +91,11 @@ class MALAState(NamedTuple):
         return self.value.isfinite() & self.gradient.isfinite().all(-1)
 
 
-def mala_init(f: Energy, y: Tensor) -> MALAState:
+def mala_init(f: AnyEnergy, y: Tensor) -> MALAState:
     """Evaluate f and its gradient in y alone: no graph is kept, and no parameter of f gets a gradient.
 
     Args:
-        f: Energy, (C, B, D) to (C, B).
+        f: AnyEnergy, (C, B, D) to (C, B).
         y: Positions, shape (C, B, D).
 
     Returns:
@@ -128,7 +118,7 @@ def mala_init(f: Energy, y: Tensor) -> MALAState:
 
 
 def _langevin_step(
-    f: Energy, y: Tensor, step: Tensor, noise_scale: float, angle: Tensor | None, generator: torch.Generator | None
+    f: AnyEnergy, y: Tensor, step: Tensor, noise_scale: float, angle: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     gradient = mala_init(f, y).gradient
     noise = _random(torch.randn, y.shape, y, generator)
@@ -136,7 +126,7 @@ def _langevin_step(
 
 
 def langevin_step(
-    f: Energy,
+    f: AnyEnergy,
     y: Tensor,
     step_size: float | Sequence[float] | Tensor,
     *,
@@ -149,12 +139,12 @@ def langevin_step(
     .. math:: y' = y + \frac{\lambda^2}{2} \nabla_y f(y) + \lambda \epsilon, \quad \epsilon \sim N(0, I)
 
     Args:
-        f: Energy, (M, B, D) to (M, B).
+        f: AnyEnergy, (M, B, D) to (M, B).
         y: Positions, shape (M, B, D).
         step_size: λ, a number, one per dimension, or a tensor that broadcasts to (M, B, D).
         noise_scale: Factor of the noise; 1 for samples of exp f, 0 for gradient ascent.
-        periodic: Whether each dimension is an angle, wrapped to [-π, π). By default what the reference of an
-            :class:`~energyreg.inference.energy.EnergyFunction` says, and none for any other function.
+        periodic: Whether each dimension is an angle, wrapped to [-π, π), where f does not say it; see
+            :func:`~energyreg.inference.energy.periodic_of`.
         generator: Source of randomness; torch's global one by default.
 
     Returns:
@@ -171,12 +161,12 @@ def langevin_step(
     """
     _check_step_size(step_size)
     _check_noise_scale(noise_scale)
-    angle = _mask(_angles(f, periodic, y.shape[-1]), y)
+    angle = _mask(periodic_of(f, y.shape[-1], periodic), y)
     return _langevin_step(f, y.detach(), _steps(step_size, y), noise_scale, angle, generator)
 
 
 def _mala_step(
-    f: Energy, state: MALAState, step: Tensor, angle: Tensor | None, generator: torch.Generator | None
+    f: AnyEnergy, state: MALAState, step: Tensor, angle: Tensor | None, generator: torch.Generator | None
 ) -> tuple[MALAState, Tensor]:
     noise = _random(torch.randn, state.y.shape, state.y, generator)
     uniform = _random(torch.rand, state.value.shape, state.y, generator)
@@ -198,7 +188,7 @@ def _mala_step(
 
 
 def mala_step(
-    f: Energy,
+    f: AnyEnergy,
     state: MALAState,
     step_size: float | Sequence[float] | Tensor,
     *,
@@ -215,7 +205,7 @@ def mala_step(
     and else the chain stays. A proposal where f or its gradient is not finite is rejected.
 
     Args:
-        f: Energy, (C, B, D) to (C, B).
+        f: AnyEnergy, (C, B, D) to (C, B).
         state: From :func:`mala_init` or an earlier step.
         step_size: λ, a number, one per dimension, or a tensor that broadcasts to (C, B, D).
         periodic: As for :func:`langevin_step`.
@@ -231,7 +221,7 @@ def mala_step(
         Roberts and Tweedie, Bernoulli 1996; in the form of blackjax's `mala`.
     """
     _check_step_size(step_size)
-    angle = _mask(_angles(f, periodic, state.y.shape[-1]), state.y)
+    angle = _mask(periodic_of(f, state.y.shape[-1], periodic), state.y)
     return _mala_step(f, state, _steps(step_size, state.y), angle, generator)
 
 
@@ -252,7 +242,7 @@ LONGEST = 25.0
 
 
 def _begin(
-    f: Energy,
+    f: AnyEnergy,
     q: Distribution | None,
     start: Tensor | None,
     num_chains: int,
@@ -268,7 +258,7 @@ def _begin(
         raise ValueError(
             "q and start are both None, but the chains must begin somewhere; pass start of shape (B, D), or a proposal."
         )
-    angles = _angles(f, periodic, y.shape[-1])
+    angles = periodic_of(f, y.shape[-1], periodic)
     angle = _mask(angles, y)
     state = mala_init(f, _wrap(y, angle))
     if start is None and q is not None:
@@ -341,8 +331,7 @@ class Langevin:
         num_chains: Chains M per row.
         num_warmup: Steps before these, that :meth:`run` does not keep.
         noise_scale: Factor of the noise.
-        periodic: Whether each dimension is an angle, for an energy that is not an
-            :class:`~energyreg.inference.energy.EnergyFunction`, which knows.
+        periodic: Whether each dimension is an angle, where the energy does not say it.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -371,14 +360,14 @@ class Langevin:
         _check_step_size(self.step_size, most_dims=1)
         _check_noise_scale(self.noise_scale)
 
-    def sample(self, f: Energy, start: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, f: AnyEnergy, start: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Where the chains end; with the same generator the last of what :meth:`run` keeps, but without storing it.
 
         One gradient of f per step, no graph and no trajectory are kept, and no parameter of f gets a gradient. That f
         is finite at the start is not checked: where it is NaN, so are the samples.
 
         Args:
-            f: Energy, (M, B, D) to (M, B).
+            f: AnyEnergy, (M, B, D) to (M, B).
             start: Where the chains begin, shape (B, D), repeated over the chains, or (M, B, D).
             generator: Source of randomness; torch's global one by default.
 
@@ -389,7 +378,7 @@ class Langevin:
             ValueError: If start has another shape, or step_size another length than D.
         """
         y = _spread(start, self.num_chains)
-        angle = _mask(_angles(f, self.periodic, y.shape[-1]), y)
+        angle = _mask(periodic_of(f, y.shape[-1], self.periodic), y)
         y, step = _wrap(y, angle), _steps(self.step_size, y)
         for _ in range(self.num_warmup + self.num_steps):
             y = _langevin_step(f, y, step, self.noise_scale, angle, generator)
@@ -397,7 +386,7 @@ class Langevin:
 
     def run(
         self,
-        f: Energy,
+        f: AnyEnergy,
         q: Distribution | None = None,
         *,
         start: Tensor | None = None,
@@ -406,7 +395,7 @@ class Langevin:
         """Run the chains and keep every position after warm-up.
 
         Args:
-            f: Energy, (M, B, D) to (M, B).
+            f: AnyEnergy, (M, B, D) to (M, B).
             q: Proposal; the chains begin at its samples where start is None.
             start: Where the chains begin, shape (B, D), repeated over the chains, or (M, B, D).
             generator: Source of randomness; torch's global one by default.
@@ -429,7 +418,7 @@ class Langevin:
 
     def __call__(
         self,
-        f: Energy,
+        f: AnyEnergy,
         q: Distribution | None = None,
         *,
         start: Tensor | None = None,
@@ -473,8 +462,7 @@ class MALA:
             by one factor per row. For an angle it stays below 2π, where a step is uniform on the circle.
         target_acceptance: Probability of acceptance that warm-up aims at; 0.574 is optimal for many dimensions.
         thinning: Steps per position that is kept.
-        periodic: Whether each dimension is an angle, for an energy that is not an
-            :class:`~energyreg.inference.energy.EnergyFunction`, which knows.
+        periodic: Whether each dimension is an angle, where the energy does not say it.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -508,7 +496,7 @@ class MALA:
 
     def _warm_up(
         self,
-        f: Energy,
+        f: AnyEnergy,
         state: MALAState,
         base: Tensor,
         angles: tuple[bool, ...],
@@ -529,7 +517,7 @@ class MALA:
 
     def run(
         self,
-        f: Energy,
+        f: AnyEnergy,
         q: Distribution | None = None,
         *,
         start: Tensor | None = None,
@@ -538,7 +526,7 @@ class MALA:
         """Warm up, then run the chains.
 
         Args:
-            f: Energy, (C, B, D) to (C, B).
+            f: AnyEnergy, (C, B, D) to (C, B).
             q: Proposal; the chains begin at its samples where start is None. Those where f is -inf are drawn again.
             start: Where the chains begin, shape (B, D), repeated over the chains, or (C, B, D). R-hat can find modes
                 that were missed only if the starts differ.
@@ -565,7 +553,7 @@ class MALA:
 
     def __call__(
         self,
-        f: Energy,
+        f: AnyEnergy,
         q: Distribution | None = None,
         *,
         start: Tensor | None = None,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.energy import ReferencedEnergy
 from energyreg.inference.integrators import AdaptiveQuadrature, StratifiedQuadrature
 from energyreg.inference.points import Cells, WeightedPoints
 from energyreg.models.predictive import HighestDensityRegion, PredictiveDistribution, Rows
@@ -47,10 +48,8 @@ CENTRAL = (0.05, 0.5, 0.95)
 # ---------------------------------------------------------------------------------------------- temperature and share
 
 
-class CalibratedEnergy:
+class CalibratedEnergy(ReferencedEnergy):
     r"""The energy function of a calibrated density, for the B rows of a batch; normalised, as the mixture is one.
-
-    It has the interface of :class:`~energyreg.inference.energy.EnergyFunction`, so that all inference works on it.
 
     Args:
         energy: The model's energy function of these rows.
@@ -61,11 +60,10 @@ class CalibratedEnergy:
     """
 
     is_reference = False
-    head = None
 
     def __init__(
         self,
-        energy: EnergyFunction,
+        energy: ReferencedEnergy,
         inverse_temperature: float,
         base_share: float = 0.0,
         log_partition: Tensor | None = None,
@@ -73,10 +71,10 @@ class CalibratedEnergy:
         self.energy, self.inverse_temperature = energy, inverse_temperature
         self.base_share, self.log_partition = base_share, log_partition
         self.context, self.reference = energy.context, energy.reference
-        self.conditional, self.batch_size = energy.conditional, energy.batch_size
+        self.conditional = energy.conditional
         self.normalised = log_partition is not None
 
-    @property
+    @cached_property
     def q(self) -> Distribution | None:
         """The model's proposal."""
         return self.energy.q

@@ -10,7 +10,7 @@ draw and factor but the first. Chains are trained by :func:`energyreg.fit_chain`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from energyreg.checks import check_count
 from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
-from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.energy import EnergyFunction, ReferencedEnergy
 from energyreg.inference.integrators import AdaptiveQuadrature
 from energyreg.inference.points import Cells, WeightedPoints
 from energyreg.models.ensemble import EnergyEnsemble, EnsembleDistribution
@@ -392,6 +392,10 @@ class _Reference:
         self.parts = parts
         self.dim, self.periodic = len(parts), tuple(part.periodic[0] for part in parts)
 
+    def buffers(self) -> Iterator[Tensor]:
+        """The tensors of all parts."""
+        return (buffer for part in self.parts for buffer in part.buffers())
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats, (*S, D) to (*S,)."""
         columns = [part.log_prob(z[..., [d]]) for d, part in enumerate(self.parts)]
@@ -406,10 +410,8 @@ class _Reference:
         return torch.cat([part.from_unit(u[..., [d]]) for d, part in enumerate(self.parts)], -1)
 
 
-class ChainEnergy:
+class ChainEnergy(ReferencedEnergy):
     """The log-density of a chain in model space, for R rows of x, and draws from it.
-
-    It has the interface of :class:`~energyreg.inference.energy.EnergyFunction`, so that all inference works on it.
 
     Args:
         chain: The chain.
@@ -418,13 +420,7 @@ class ChainEnergy:
     """
 
     normalised = True
-    """log Z = 0."""
-    is_reference = False
-    """Whether f is the log-density of the reference itself."""
-    conditional = False
-    """Whether the base is a proposal."""
-    q = None
-    head = None
+    is_reference = conditional = False
 
     def __init__(self, chain: EnergyChain, x: Tensor, memory_budget: int) -> None:
         self.chain, self.x, self.budget = chain, x, memory_budget
@@ -432,11 +428,6 @@ class ChainEnergy:
         self.context = x
         self.reference: Any = chain.reference
         self._leading: list[PredictiveDistribution] | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """Rows R."""
-        return len(self.x)
 
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of f, in floats: a context, and a quadrature's nodes for a gradient."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.spaces import TargetSpace
-from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.energy import ReferencedEnergy
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.models.predictive import Integrator, PredictiveDistribution, Rows
 
@@ -256,13 +256,12 @@ def _equal(a: nn.Module, b: nn.Module) -> bool:
 # Their energy --------------------------------------------------------------------------------------------------------
 
 
-class EnsembleEnergy:
+class EnsembleEnergy(ReferencedEnergy):
     r"""The energy function of a mixture of models, for the B rows of a batch: the log of the mean of their densities.
 
     .. math:: f(x, z) = \log \sum_{s=1}^n w_s \exp(f_s(x, z) - \log Z_s(x))
 
-    It has the interface of :class:`~energyreg.inference.energy.EnergyFunction`, so that all inference works on it. f is
-    normalised, as each member is by its own integration; so the density is the mean of the members' exactly.
+    f is normalised, as each member is by its own integration; so the density is the mean of the members' exactly.
 
     Args:
         energies: The members' energy functions of these rows.
@@ -271,30 +270,20 @@ class EnsembleEnergy:
     """
 
     normalised = True
-    """log Z = 0."""
     is_reference = False
-    """Whether f is the log-density of the reference itself."""
 
     def __init__(
-        self, energies: Sequence[EnergyFunction], log_partitions: Callable[[], Tensor], log_weights: Tensor
+        self, energies: Sequence[ReferencedEnergy], log_partitions: Callable[[], Tensor], log_weights: Tensor
     ) -> None:
         self.log_weights = log_weights.tolist()
         self.energies, self._log_partitions = energies, log_partitions
         self.context, self.reference = energies[0].context, energies[0].reference
         self.conditional = any(f.conditional for f in energies)
-        self._q: Distribution | None = None
 
-    @property
-    def batch_size(self) -> int:
-        """Rows B."""
-        return self.energies[0].batch_size
-
-    @property
+    @cached_property
     def q(self) -> Distribution | None:
         """The mixture of the proposals of all members that have one; None without any."""
-        if self._q is None:
-            self._q = mixture([f.q for f in self.energies if f.q is not None])
-        return self._q
+        return mixture([f.q for f in self.energies if f.q is not None])
 
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of f, in floats; what chunks are sized by."""

@@ -8,7 +8,7 @@ model space. None sees a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from energyreg.checks import check_count
 from energyreg.densities.angles import wrap_angles
 from energyreg.densities.noise import GaussianNoise
-from energyreg.inference.energy import EnergyFunction
+from energyreg.inference.energy import AnyEnergy, periodic_of, require_reference
 from energyreg.inference.integrators import ImportanceSampling, StratifiedQuadrature
 from energyreg.inference.mcmc import Langevin
 from energyreg.inference.points import half_disagreement
@@ -43,9 +43,6 @@ __all__ = [
     "ScoreMatching",
     "SelfNormalisedLikelihood",
 ]
-
-Energy = Callable[[Tensor], Tensor]
-"""y of shape (*S, B, D) in model space to f of shape (*S, B); row b knows the context of example b."""
 
 
 class Loss(NamedTuple):
@@ -117,16 +114,9 @@ def _check_noise(noise: GaussianNoise) -> None:
         raise TypeError(f"noise is a {type(noise).__name__}; expected an energyreg.noise.GaussianNoise.")
 
 
-def _check_angles(noise: GaussianNoise, f: Energy) -> None:
+def _check_angles(noise: GaussianNoise, f: AnyEnergy, dim: int) -> None:
     """Noise that took an angle for a real number would have a wrong density beyond the cut, and say nothing."""
-    if isinstance(f, EnergyFunction):
-        angles = f.reference.periodic
-        flags = noise.periodic if noise.periodic is not None else (False,) * len(angles)
-        if len(flags) == len(angles) and tuple(flags) != tuple(angles):  # lengths are checked by the noise
-            raise ValueError(
-                f"noise.periodic is {noise.periodic}, but the model's target space has angles where {angles}; pass "
-                "periodic=space.periodic to the noise."
-            )
+    periodic_of(f, dim, noise.periodic or (False,) * dim, name="noise.periodic")
 
 
 def _check_scale(name: str, scale: float | Sequence[float]) -> float | tuple[float, ...]:
@@ -247,7 +237,7 @@ class ExactMaximumLikelihood:
         StratifiedQuadrature(self.num_nodes)
 
     def __call__(
-        self, f: EnergyFunction, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D).
 
@@ -259,6 +249,7 @@ class ExactMaximumLikelihood:
                 f"y has {y.shape[-1]} dimensions, but quadrature serves at most 2; use NCEWithLearnedProposal or "
                 "MaximumLikelihoodWithLearnedProposal with a proposal."
             )
+        f = require_reference(f, "ExactMaximumLikelihood")
         u, log_node_weights = StratifiedQuadrature(self.num_nodes).nodes(f, generator=generator)
         f_target, relative = f.target_and_relative(y, u)
         log_sum, shares = _LogSumExp.apply(relative)
@@ -300,10 +291,10 @@ class MaximumLikelihoodImportanceSampling:
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
-        _check_angles(self.noise, f)
+        _check_angles(self.noise, f, y.shape[-1])
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         log_noise = self.noise.log_prob(samples, y)
         f_target, f_samples = _target_first(f(torch.cat([y[None], samples])))
@@ -349,12 +340,12 @@ class KLDImportanceSampling:
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         _check_length("label_scale", self.label_scale, y.shape[-1])
         label = GaussianNoise(np.atleast_2d(self.label_scale).tolist(), self.noise.periodic)
-        _check_angles(self.noise, f)
+        _check_angles(self.noise, f, y.shape[-1])
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         log_noise = self.noise.log_prob(samples, y)
         f_samples = f(samples)
@@ -403,10 +394,10 @@ class NCE:
         _check_weights(beta=self.beta, proposal_weight=self.proposal_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
-        _check_angles(self.noise, f)
+        _check_angles(self.noise, f, y.shape[-1])
         samples = self.noise.sample(y, self.num_samples, generator=generator)
         positive = self._positive(y, generator)
         points = torch.cat([positive[None], samples])
@@ -443,7 +434,7 @@ class _Sampled(NamedTuple):
         return _finish(loss, diagnostics, q=self.log_q_target, f=(self.f_target, self.f_samples))
 
 
-def _sample(f: Energy, q: Distribution, y: Tensor, num_samples: int, generator: torch.Generator | None) -> _Sampled:
+def _sample(f: AnyEnergy, q: Distribution, y: Tensor, num_samples: int, generator: torch.Generator | None) -> _Sampled:
     """Evaluate f and q at the target and at samples of q, in one pass each; the samples carry no gradient."""
     samples = ImportanceSampling(num_samples).sample(q, generator=generator)
     points = torch.cat([y[None], samples])
@@ -503,7 +494,7 @@ class NCEWithLearnedProposal:
         _check_learned(self.num_samples, self.kl_weight, self.nll_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         s = _sample(f, _require_proposal(q, "NCEWithLearnedProposal"), y, self.num_samples, generator)
@@ -540,7 +531,7 @@ class MaximumLikelihoodWithLearnedProposal:
         _check_learned(self.num_samples, self.kl_weight, self.nll_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         s = _sample(f, _require_proposal(q, "MaximumLikelihoodWithLearnedProposal"), y, self.num_samples, generator)
@@ -576,7 +567,7 @@ class SelfNormalisedLikelihood:
         _check_learned(self.num_samples, self.kl_weight, self.nll_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         s = _sample(f, _require_proposal(q, "SelfNormalisedLikelihood"), y, self.num_samples, generator)
@@ -607,7 +598,7 @@ class ProposalKL:
         check_count("num_samples", self.num_samples)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss; the targets y in model space, shape (B, D), give the diagnostics only."""
         q = _require_proposal(q, "ProposalKL")
@@ -630,7 +621,7 @@ class ProposalNLL:
     """The proposal's own negative log-likelihood: trains a mixture density network, or any proposal, by itself."""
 
     def __call__(
-        self, f: Energy | None, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy | None, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         loss = losses.proposal_nll(_require_proposal(q, "ProposalNLL").log_prob(y))
@@ -672,7 +663,7 @@ class MaximumLikelihoodMCMC:
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         sampler = Langevin(num_steps=self.num_steps, step_size=self.step_size, num_chains=self.num_chains)
@@ -684,7 +675,7 @@ class MaximumLikelihoodMCMC:
         return _finish(loss, diagnostics, f=(f_target, f_samples), **own)
 
 
-def _score(f: Energy, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _score(f: AnyEnergy, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y as a leaf, f and its gradient in y with a graph for the parameters."""
     with torch.enable_grad():
         leaf = y.detach().requires_grad_(True)
@@ -729,7 +720,7 @@ class ScoreMatching:
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         leaf, value, score = _score(f, y)
@@ -779,7 +770,7 @@ class DenoisingScoreMatching:
         _check_weights(proposal_weight=self.proposal_weight)
 
     def __call__(
-        self, f: Energy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
+        self, f: AnyEnergy, q: Distribution | None, y: Tensor, *, generator: torch.Generator | None = None
     ) -> Loss:
         """Return the loss for targets y in model space, shape (B, D)."""
         _check_length("scale", self.scale, y.shape[-1])
@@ -788,9 +779,10 @@ class DenoisingScoreMatching:
         shape = (self.num_samples, *y.shape)
         normal = torch.randn(shape, generator=generator, dtype=y.dtype, device=source).to(y.device)
         noisy = there = y + scale * normal
-        if isinstance(f, EnergyFunction) and any(f.reference.periodic):
+        periodic = periodic_of(f, y.shape[-1])
+        if any(periodic):
             # f knows angles in [-π, π) alone; the noise stays the way that was gone, however often around.
-            angle = torch.tensor(f.reference.periodic, device=y.device)
+            angle = torch.tensor(periodic, device=y.device)
             there = wrap_angles(noisy, angle)
         _, value, score = _score(f, there)
         loss = losses.denoising_score_matching(score, noisy, y, scale)

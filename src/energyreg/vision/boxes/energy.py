@@ -100,6 +100,8 @@ class BoxEnergy:
         self.head, self.pyramid, self.space = head, pyramid, space
         self.image, self.labels, self.ratio = image, labels, ratio
         self.detector_loss, self.pool_bytes = detector_loss, pool_bytes
+        self.periodic, self.batch_size = space.periodic, len(labels)
+        self.dtype, self.device = ratio.dtype, ratio.device
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f of shape (*S, B) for z of shape (*S, B, 4)."""
