@@ -19,7 +19,7 @@ from energyreg.densities.bases import Lebesgue
 from energyreg.densities.noise import GaussianNoise
 from energyreg.networks.heads import JointHead
 from energyreg.networks.proposals import MixtureDensityNetwork
-from energyreg.objectives.contract import NCE, ExactMaximumLikelihood, NCEWithLearnedProposal
+from energyreg.objectives import NCE, ExactMaximumLikelihood, NCEWithLearnedProposal
 from experiments.one_dimensional import networks
 
 __all__ = ["BENCHMARKS", "joint_model", "matrix_products", "table", "training_step"]

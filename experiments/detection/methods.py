@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
+from energyreg import objectives
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.noise import GaussianNoise
 from energyreg.inference.ascent import refine
 from energyreg.inference.points import WeightedPoints
-from energyreg.objectives import contract as objectives
 from energyreg.vision import (
     BoxDistribution,
     BoxEnergy,

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from energyreg import objectives
 from energyreg.cli.demo import describe_machine
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.noise import GaussianNoise
 from energyreg.files import write_atomically
 from energyreg.inference.ascent import refine
 from energyreg.networks.proposals import MixtureDensityNetwork
-from energyreg.objectives import contract as objectives
 from energyreg.vision.boxes.distribution import WINDOW, box_noise, inside
 from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
 from energyreg.vision.boxes.geometry import paired_iou

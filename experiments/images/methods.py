@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Laplace, Normal
 
 import energyreg as er
+from energyreg import objectives
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.noise import GaussianNoise
@@ -30,7 +31,6 @@ from energyreg.models.predictive import PredictiveDistribution
 from energyreg.networks.encoders import TwinEncoder, VectorEncoder
 from energyreg.networks.heads import JointHead, SelfNormalisedHead, SeparableHead
 from energyreg.networks.proposals import DistributionProposal, MixtureDensityNetwork
-from energyreg.objectives import contract as objectives
 from experiments.images.data import Rows, Task
 
 __all__ = ["METHODS", "Method", "Outcome"]

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import energyreg as er
+from energyreg import objectives
 from energyreg.densities.noise import GaussianNoise
-from energyreg.objectives import contract as objectives
 from experiments.one_dimensional.networks import ConditionalMixture, EnergyNetwork, MixtureHead, Model, tanh_network
 from experiments.one_dimensional.training import Library, Papers, Setting
 

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 import energyreg as er
-from energyreg.objectives.contract import Loss, NonFiniteLossError
+from energyreg.objectives import Loss, NonFiniteLossError
 from experiments.one_dimensional.evaluation import Density, Score, cached_task, evaluate
 from experiments.one_dimensional.networks import Model
 from experiments.one_dimensional.tasks import Task

@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 
-from energyreg.objectives.contract import NCEWithLearnedProposal
+from energyreg.objectives import NCEWithLearnedProposal
 from experiments.detection import scenes as experiment
 from experiments.detection.scenes import Borders, Judged, MixtureEnergyNetwork, draw, judge_energy, report, run
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from energyreg import objectives
 from energyreg.densities.noise import GaussianNoise
-from energyreg.objectives import contract as objectives
 
 pytest.importorskip("matplotlib")
 

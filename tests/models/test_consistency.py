@@ -18,7 +18,7 @@ from energyreg.densities.bases import Lebesgue
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.noise import GaussianNoise
 from energyreg.inference.energy import EnergyFunction
-from energyreg.objectives.contract import (
+from energyreg.objectives import (
     NCE,
     DenoisingScoreMatching,
     ExactMaximumLikelihood,

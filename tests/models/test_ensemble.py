@@ -24,7 +24,7 @@ from energyreg.inference.integrators import ImportanceSampling, StratifiedQuadra
 from energyreg.networks.encoders import TableEncoder, TwinEncoder
 from energyreg.networks.heads import SeparableHead
 from energyreg.networks.proposals import DistributionProposal, MixtureDensityNetwork
-from energyreg.objectives.contract import ExactMaximumLikelihood, Loss
+from energyreg.objectives import ExactMaximumLikelihood, Loss
 from energyreg.training import data, fitting, stacking
 from energyreg.training import ensembles as ensemble_training
 from energyreg.training import loop as training

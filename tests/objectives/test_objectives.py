@@ -17,7 +17,7 @@ from energyreg.densities.noise import GaussianNoise
 from energyreg.inference.energy import EnergyFunction
 from energyreg.networks.heads import JointHead, SeparableHead
 from energyreg.networks.proposals import MixtureDensityNetwork
-from energyreg.objectives.contract import (
+from energyreg.objectives import (
     NCE,
     DenoisingScoreMatching,
     ExactMaximumLikelihood,
@@ -32,6 +32,7 @@ from energyreg.objectives.contract import (
     ScoreMatching,
     SelfNormalisedLikelihood,
 )
+from energyreg.objectives.contract import as_loss
 
 ROWS = 5
 SAMPLED = [NCEWithLearnedProposal, MaximumLikelihoodWithLearnedProposal]
@@ -807,3 +808,12 @@ def test_a_finite_loss_costs_no_error_however_large() -> None:
             lambda y: 1e4 * _parabola(y), _Box(4), FAR.clamp(-0.9, 0.9), generator=_generator()
         ).per_example
         assert loss.isfinite().all(), name
+
+
+def test_a_tensor_is_a_loss_without_diagnostics_and_anything_else_is_refused() -> None:
+    per_example = torch.zeros(ROWS)
+    assert as_loss(per_example, None).diagnostics == {}
+    assert as_loss((per_example, {"a": per_example}), None).diagnostics["a"] is per_example
+    for wrong in (0.5, None, (per_example,), (per_example, 1.0, {})):
+        with pytest.raises(TypeError, match=rf"ProposalNLL returned a {type(wrong).__name__}; expected energyreg"):
+            as_loss(wrong, ProposalNLL())

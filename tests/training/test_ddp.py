@@ -24,7 +24,7 @@ from energyreg.densities.bases import ProposalBase
 from energyreg.networks.encoders import TableEncoder
 from energyreg.networks.heads import SeparableHead
 from energyreg.networks.proposals import MixtureDensityNetwork
-from energyreg.objectives.contract import ExactMaximumLikelihood, ProposalNLL
+from energyreg.objectives import ExactMaximumLikelihood, ProposalNLL
 
 N = 203
 

@@ -25,7 +25,7 @@ from energyreg.models import checkpoint
 from energyreg.networks.encoders import TableEncoder
 from energyreg.networks.heads import SeparableHead
 from energyreg.networks.proposals import MixtureDensityNetwork
-from energyreg.objectives.contract import (
+from energyreg.objectives import (
     ExactMaximumLikelihood,
     Loss,
     MaximumLikelihoodWithLearnedProposal,

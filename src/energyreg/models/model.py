@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from energyreg import objectives
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
 from energyreg.densities.spaces import Real, TargetSpace
 from energyreg.inference.energy import EnergyFunction
@@ -19,7 +20,6 @@ from energyreg.models.predictive import KEEP_SHARE, Integrator, PredictiveDistri
 from energyreg.networks.encoders import MixedTableEncoder, TableEncoder, TwinEncoder
 from energyreg.networks.heads import JointHead, SeparableHead
 from energyreg.networks.proposals import MixtureDensityNetwork
-from energyreg.objectives import contract as objectives
 
 __all__ = ["EnergyRegressionModel"]
 

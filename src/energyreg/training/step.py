@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from energyreg.objectives.contract import NonFiniteLossError
+from energyreg.objectives.contract import NonFiniteLossError, as_loss
 from energyreg.training.trainable import Trainable
 
 __all__ = ["TrainingStep"]
@@ -63,7 +63,8 @@ class TrainingStep(nn.Module):
 
     Args:
         model: The model.
-        objective: Called as ``objective(f, q, z, generator=...)``; returns an `energyreg.objectives.Loss`.
+        objective: Called as ``objective(f, q, z, generator=...)``; returns an `energyreg.objectives.Loss`, or a
+            tensor with the loss of each example.
         num_members: Members S whose rows a batch holds, one member after the other.
     """
 
@@ -75,7 +76,7 @@ class TrainingStep(nn.Module):
         """The weighted sum of the losses; it, the losses themselves and the diagnostics are left in the batch, too."""
         f, q, z = self.model.condition(batch.x, batch.y)
         try:
-            per_example, diagnostics = self.objective(f, q, z, generator=generator)
+            per_example, diagnostics = as_loss(self.objective(f, q, z, generator=generator), self.objective)
         except NonFiniteLossError as error:  # the loop has more to say about it: which rows, the likely cause
             per_example, diagnostics = error.loss
             batch.reason = str(error)

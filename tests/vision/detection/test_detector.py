@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import energyreg as er
+from energyreg import objectives
 from energyreg.files import BOX_HEAD, CheckpointError
 from energyreg.models import checkpoint
-from energyreg.objectives import contract as objectives
-from energyreg.objectives.contract import NCE
+from energyreg.objectives import NCE
 from energyreg.vision.boxes.batch import BoxBatch, BoxCollate
 from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
 from energyreg.vision.boxes.geometry import paired_iou, variance_voting

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-from energyreg.objectives.contract import NCE
+from energyreg.objectives import NCE
 from energyreg.vision import WithDetectorLoss, add_energy_head, box_noise, small_detector
 
 TINY: dict[str, Any] = {"backbone": "timm:test_resnet", "weights": None, "channels": 16, "width": 32}

@@ -21,7 +21,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from energyreg.objectives.contract import NCE, Loss
+from energyreg.objectives import NCE, Loss
+from energyreg.objectives.contract import as_loss
 from energyreg.vision.boxes.batch import BoxBatch, BoxCollate, check_image
 from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
 from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
@@ -75,7 +76,7 @@ class WithDetectorLoss:
                 "WithDetectorLoss has no detector's loss to add: the detector is frozen. Use add_energy_head(..., "
                 "freeze=False) to train it along, or the objective by itself."
             )
-        loss, diagnostics = self.objective(f, q, y, generator=generator)
+        loss, diagnostics = as_loss(self.objective(f, q, y, generator=generator), self.objective)
         own = f.detector_loss.to(loss.dtype)
         return Loss(loss + self.weight * own, {**diagnostics, "detector_loss": own.detach().expand(len(loss))})
 
@@ -245,7 +246,7 @@ class EnergyDetector(nn.Module):
         batch, boxes = self.collate(list(zip(images, targets, strict=True)))
         device = self.device
         f, q, z = self.condition(batch.to(device), boxes.to(device))
-        loss, diagnostics = self.objective(f, q, z)
+        loss, diagnostics = as_loss(self.objective(f, q, z), self.objective)
         own = diagnostics.get("detector_loss")
         if own is None:
             return {"loss_energy": loss.mean()}
