@@ -168,7 +168,9 @@ def test_outside_the_space_there_is_no_density() -> None:
 def test_the_energy_of_weighted_points_is_that_of_their_discrete_distribution() -> None:
     model = mixture(Real(), WEIGHTS, MEANS, SCALES)
     p = model(torch.zeros(2, 1, dtype=torch.double), integrator=er.integrators.ImportanceSampling(300))
-    y, w = (part.numpy() for part in p._gather(lambda c: torch.stack([c.z[..., 0].expand_as(c.masses), c.masses]), 2))
+    y, w = (
+        part.numpy() for part in p.gather(lambda c: torch.stack([c.nodes.y[..., 0].expand_as(c.masses), c.masses]), 2)
+    )
     expected = [(np.abs(np.subtract.outer(y[:, i], y[:, i])) * np.outer(w[:, i], w[:, i])).sum() for i in range(2)]
     d = EnergyDistribution(p)
     np.testing.assert_allclose(d.energy()["energy"], expected, rtol=1e-6)

@@ -295,7 +295,7 @@ def test_chunks_change_nothing_and_the_seed_decides(space: str, budget: int) -> 
         model(inputs, integrator=integrator, memory_budget=memory, seed=seed)
         for memory, seed in ((2**31, 0), (budget, 0), (2**31, 0), (2**31, 1))
     )
-    assert parts._chunk_size() < rows / 2 and whole._chunk_size() >= rows
+    assert parts.block_rows() < rows / 2 and whole.block_rows() >= rows
     a, b, again = whole.modes(**options), parts.modes(**options), other.modes(**options)
     for first, second in zip(a.values, again.values, strict=True):
         assert torch.equal(first, second)

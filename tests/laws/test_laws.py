@@ -253,7 +253,7 @@ def test_the_chunk_size_changes_nothing(name, space):
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(3))
     y = y[torch.arange(500) % len(y)]
     whole, parts = model(x), model(x, memory_budget=2**21)
-    assert parts._chunk_size() < 250
+    assert parts.block_rows() < 250
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     for a, b in (
         (whole.log_prob(y), parts.log_prob(y)),
@@ -271,7 +271,7 @@ def test_the_chunk_size_changes_nothing_in_three_dimensions():
     model, _, y = make_model("proposal", Real(3), trained=True)
     x = torch.randn(200, 2, generator=torch.Generator().manual_seed(3))
     whole, parts = model(x, memory_budget=2**31), model(x, memory_budget=2**25)
-    assert parts._chunk_size() < 200 <= whole._chunk_size()
+    assert parts.block_rows() < 200 <= whole.block_rows()
     torch.testing.assert_close(whole.log_prob(y[:200]), parts.log_prob(y[:200]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.mean, parts.mean, rtol=1e-4, atol=1e-4)
 

@@ -64,7 +64,7 @@ def test_a_calibrated_density_integrates_to_one(t, share, source):
 
 def test_the_share_bounds_the_loss_in_a_hole():
     p = Calibration(1.0, 0.01)(model(0.01)(data(3)[0]))
-    base = p._energy(slice(0, 3)).reference
+    base = p.energy(slice(0, 3)).reference
     far = torch.tensor([[4.0]] * 3, dtype=torch.double)
     torch.testing.assert_close(p.log_prob(far), base.log_prob(far) + math.log(0.01))
 
@@ -277,7 +277,7 @@ def test_the_power_of_a_density_of_several_outputs_is_normalised(kind):
     x = data_of_several(3, 1)[0]
     p = MODELS[kind](0.5)(x, integrator=MANY_POINTS[kind])
     points = torch.linspace(-12, 12, 4801, dtype=torch.double)
-    reference = p._energy(slice(0, 3)).reference
+    reference = p.energy(slice(0, 3)).reference
     tables = [base.log_prob(points[:, None]) for base in (reference.parts if kind == "chain" else marginals(reference))]
     y = data_of_several(3, 2)[1]
     for t, share in ((0.6, 0.0), (1.4, 0.1), (1.0, 0.05)):
@@ -293,7 +293,7 @@ def test_the_power_of_a_density_of_several_outputs_is_normalised(kind):
             expected = torch.logaddexp(expected + math.log1p(-share), log_p0 + math.log(share))
         torch.testing.assert_close(q.log_prob(y), expected, atol=0.05, rtol=0)
         assert (q.diagnostics.log_partition == 0).all() and q.mean.isfinite().all()
-        masses = torch.cat([chunk.masses for chunk in q._chunks()], 1).sum(0)
+        masses = torch.cat([chunk.masses for chunk in q.blocks()], 1).sum(0)
         torch.testing.assert_close(masses, torch.ones(3, dtype=torch.double))
         draws = q.sample((500,), generator=torch.Generator().manual_seed(0))
         inside = q.highest_density_region(0.8).contains(draws).double().mean()

@@ -123,7 +123,7 @@ def test_draws_follow_the_density(members):
     chain = normal_chain(MEMBERS[members])
     x = X[:, :1]
     draws = chain(x).sample((400,), generator=torch.Generator().manual_seed(0))
-    f = chain(x)._energy(slice(0, 4))
+    f = chain(x).energy(slice(0, 4))
     z = chain.space.to_model(draws)
     index = torch.arange(4).repeat(400)
     for position in range(3):
@@ -222,7 +222,7 @@ def test_the_gradient_is_that_of_finite_differences(previous):
         torch.manual_seed(0)
         chain.factors[1].encoder = TableEncoder(3, 4, 1, 0.0).double()
         chain.factors[1].head.context_map = nn.Linear(4, 64).double()
-    f = chain(X)._energy(slice(0, 4))
+    f = chain(X).energy(slice(0, 4))
     z = torch.rand(2, 4, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(f, (z,), eps=1e-6, atol=1e-4)
     values = f(z.detach())

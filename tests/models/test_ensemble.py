@@ -201,7 +201,7 @@ def test_chunks_change_nothing(build: Callable[[], Model]) -> None:
     ensemble, y = untrained(build, targets(build)), targets(build)[:130]
     integrator = {plane: StratifiedQuadrature(256), solid: ImportanceSampling(64)}.get(build)
     whole, parts = (ensemble(X[:130], integrator=integrator, memory_budget=budget) for budget in (2**28, 2**19))
-    assert parts._chunk_size() < 130
+    assert parts.block_rows() < 130
     for ask in (
         lambda p: p.log_prob(y),
         lambda p: p.mean,
@@ -237,7 +237,7 @@ def test_members_of_different_kind_and_proposals_of_any_kind() -> None:
     ensemble = er.EnergyEnsemble(members).eval()
     density = torch.stack([member(X).prob(Y) for member in members]).mean(0)
     assert torch.allclose(ensemble(X).prob(Y), density, rtol=1e-4)
-    q = ensemble(X[:2])._energy(slice(0, 2)).q
+    q = ensemble(X[:2]).energy(slice(0, 2)).q
     samples = q.sample((20_000,))
     assert torch.allclose(samples.mean(0), torch.stack([part.mean for part in q.parts]).mean(0), atol=0.05)
 

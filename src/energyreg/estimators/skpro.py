@@ -6,7 +6,7 @@ asks for is a regressor whose `predict_proba` returns a table of distributions, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from energyreg.estimators.table import EnergyRegressor
+from energyreg.inference.row_blocks import RowBlock
 from energyreg.models.model import EnergyRegressionModel
-from energyreg.models.predictive import PredictiveDistribution, Rows
+from energyreg.models.predictive import PredictiveDistribution
 
 try:
     from skpro.distributions.base import BaseDistribution
@@ -95,7 +96,7 @@ class EnergyDistribution(BaseDistribution):
                 raise ValueError(f"row is {row!r}, so the distribution is a scalar; expected no index and no columns.")
             if not -rows <= row < rows:
                 raise ValueError(f"row is {row}; expected a row of the {rows} that distribution has.")
-            self._p = _take(distribution, [int(row)])
+            self._p = distribution.select([int(row)])
         super().__init__(index=index, columns=columns)
 
     # Rows ------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class EnergyDistribution(BaseDistribution):
             raise ValueError("No rows were asked for; expected at least one.")
         # All rows in their order keep the nodes that have been computed.
         whole = np.array_equal(rows, np.arange(len(self)))
-        p = self.distribution if whole else _take(self.distribution, rows)
+        p = self.distribution if whole else self.distribution.select(rows)
         return type(self)(p, index=self.index.take(rows), columns=self.columns)
 
     def _iat(self, rowidx: Any = None, colidx: Any = None) -> EnergyDistribution:
@@ -178,33 +179,33 @@ class EnergyDistribution(BaseDistribution):
             A frame with the rows and column of the distribution, or a number for a scalar.
         """
 
-        def norm(chunk: Any) -> Tensor:
-            log_p = self._p._point_density(chunk) - chunk.log_partition
-            return (chunk.log_weights.log_softmax(0) + (a - 1) * log_p).nan_to_num(-torch.inf).logsumexp(0).exp()
+        def norm(block: RowBlock) -> Tensor:
+            log_p = block.point_density() - block.log_partition
+            return (block.nodes.log_weights.log_softmax(0) + (a - 1) * log_p).nan_to_num(-torch.inf).logsumexp(0).exp()
 
-        return self._framed(self._shaped(self._p._gather(norm)))
+        return self._framed(self._shaped(self._p.gather(norm)))
 
     # Distances are summed over the points of the quadrature, as the mean is. Measured on Gaussians they are within 3e-5
     # of the closed form, and within 1e-3 where a peak is sharp, but too broad to get points of its own.
 
     def _energy_self(self) -> np.ndarray:
         # For y in ascending order, each with the cdf in the middle of its mass: E|Y - Y'| = 2 E[(2 F(Y) - 1) Y].
-        def distance(chunk: Any) -> Tensor:
-            y, masses = _points(self._p, chunk)
+        def distance(block: RowBlock) -> Tensor:
+            y, masses = _points(block)
             y, order = y.sort(0)
             masses = masses.gather(0, order.expand_as(masses))
             middle = masses.cumsum(0) - masses / 2
             return (2 * masses * (2 * middle - 1) * y).sum(0)
 
-        return self._shaped(self._p._gather(distance))
+        return self._shaped(self._p.gather(distance))
 
     def _energy_x(self, x: Any) -> np.ndarray:
         def mean_distance(points: Tensor) -> Tensor:
-            def distance(chunk: Any) -> Tensor:
-                y, masses = _points(self._p, chunk)
-                return (masses * (y - points[chunk.rows, 0].to(y)).abs()).sum(0)
+            def distance(block: RowBlock) -> Tensor:
+                y, masses = _points(block)
+                return (masses * (y - points[block.rows, 0].to(y)).abs()).sum(0)
 
-            return self._p._gather(distance)
+            return self._p.gather(distance)
 
         return self._at_points(mean_distance, x)
 
@@ -253,22 +254,9 @@ def _positions(count: int, key: Any) -> np.ndarray:
     return everything[key if len(key) else key.astype(int)]
 
 
-def _take(p: PredictiveDistribution, rows: Sequence[int] | np.ndarray) -> PredictiveDistribution:
-    """The predictive distribution of some of the rows."""
-    index = torch.as_tensor(np.asarray(rows, dtype=np.int64) % p.batch_shape[0], device=p._device)
-
-    def energy(part: Rows) -> Any:
-        return p._energy(index[part])
-
-    return PredictiveDistribution(
-        energy, len(index), p._space, p.integrator,
-        dtype=p._dtype, device=p._device, seed=p._seed, memory_budget=p._budget,
-    )  # fmt: skip
-
-
-def _points(p: PredictiveDistribution, chunk: Any) -> tuple[Tensor, Tensor]:
-    """The points of the quadrature in user units, (M, B) or (M, 1) for all rows, and their masses, (M, B)."""
-    return p._space.to_user(chunk.z)[..., 0].double(), chunk.masses.double()
+def _points(block: RowBlock) -> tuple[Tensor, Tensor]:
+    """The nodes in user units, (M, B) or (M, 1) for all rows, and their masses, (M, B)."""
+    return block.space.to_user(block.nodes.y)[..., 0].double(), block.masses.double()
 
 
 class EnergyProbaRegressor(BaseProbaRegressor):

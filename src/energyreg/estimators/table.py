@@ -648,7 +648,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
                 settings["seed"] = seed + len(trials)
                 others, more = _fit(builder(rest), data, len(rest), epochs, settings, False)
                 assert isinstance(others, EnergyEnsemble)
-                scouts = EnergyEnsemble([*scouts._models(), *others._models()]).eval()
+                scouts = EnergyEnsemble([*scouts.models(), *others.models()]).eval()
                 trials, histories = [*trials, *rest], [*histories, *more]
             self.model_, self.histories_ = scouts, histories
         else:
@@ -720,7 +720,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         targets = torch.as_tensor(y[rows])
         with torch.no_grad():
             log_p = [
-                member(torch.as_tensor(x[rows])).log_prob(targets).double().cpu().numpy() for member in scouts._models()
+                member(torch.as_tensor(x[rows])).log_prob(targets).double().cpu().numpy() for member in scouts.models()
             ]
         table = np.maximum(np.stack(log_p), LEAST_LOG_DENSITY)
         draws = rng.gamma(
@@ -914,7 +914,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         weights = np.array(self.model_.shares)
         kept = np.flatnonzero(weights >= LEAST_SHARE / len(weights))
         if len(kept) < len(weights):
-            members = self.model_._models()
+            members = self.model_.models()
             weights = weights[kept] / weights[kept].sum()
             self.model_ = EnergyEnsemble([members[i] for i in kept.tolist()], weights.tolist()).eval()
             self.frequency_scales_ = [self.frequency_scales_[i] for i in kept]
@@ -1084,7 +1084,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         for level in levels:
             _check_level(level, "levels")
         if self.__sklearn_is_fitted__() and self.n_outputs_ > 1:
-            return self._by_blocks(X, lambda p: p._central(levels).transpose(0, 1))
+            return self._by_blocks(X, lambda p: p.central_quantiles(levels).transpose(0, 1))
         return self._whole(self._by_blocks(X, lambda p: p.quantile(torch.tensor(levels, dtype=torch.double)).T))
 
     def predict_highest_density_region(self, X: Any, level: float = 0.9) -> HighestDensityRegion:

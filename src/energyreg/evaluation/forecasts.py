@@ -243,7 +243,7 @@ def _score_model(
         quantiles = numbers(p.quantile(torch.tensor(levels, dtype=torch.double))).T[..., None]
         pit = numbers(p.cdf(torch.as_tensor(within)))[:, None]
     else:
-        quantiles = np.moveaxis(numbers(p._central(list(levels))), 0, 1)
+        quantiles = np.moveaxis(numbers(p.central_quantiles(list(levels))), 0, 1)
         middles = levels[:QUANTILES]
         pit = np.stack(
             [[np.interp(v, q, middles) for v, q in zip(y[:, d], quantiles[:, :QUANTILES, d], strict=True)]
@@ -257,7 +257,7 @@ def _score_model(
         low, high = np.moveaxis(np.stack(intervals, 1), -1, 0)
     elif any(periods) and outputs == 1:  # the quantiles count from where the circle is cut, intervals from the mean
         tails = sorted(levels[QUANTILES + 1 :])  # rising: arcs begin at the first
-        central = whole(np.moveaxis(numbers(p._central(tails)), 0, 1))
+        central = whole(np.moveaxis(numbers(p.central_quantiles(tails)), 0, 1))
         wanted = np.argsort(np.argsort(levels[QUANTILES + 1 :]))
         low, high = central[:, wanted[: len(LEVELS)]], central[:, wanted[len(LEVELS) :]]
     mean = numbers(p.mean).reshape(rows, outputs)

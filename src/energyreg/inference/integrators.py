@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch.distributions import Distribution
 
 from energyreg.checks import check_count
 from energyreg.densities.mixtures import GaussianMixture, draw
+from energyreg.inference.cells import Cells
 from energyreg.inference.energy import AnyEnergy, ReferencedEnergy, require_reference
-from energyreg.inference.points import Cells, WeightedPoints
+from energyreg.inference.points import WeightedPoints
 
 __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
 
@@ -77,6 +79,21 @@ class StratifiedQuadrature:
         u = torch.where(straight, t, graded(t))
         slope = torch.where(straight, torch.ones_like(t), 6 * t * (1 - t))
         return u, log_weights + slope.log().sum(-1)
+
+    def within_cells(self, f: Any, index: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+        """Model values of nodes spread over their grid cells.
+
+        Args:
+            f: Energy.
+            index: Numbers of nodes, shape (S, B).
+            offset: Places within their cells, in (0, 1), shape (S, B, D).
+            dtype: Of the unit coordinates.
+        """
+        dim = offset.shape[-1]
+        n = self.per_dimension(dim)
+        powers = n ** torch.arange(dim - 1, -1, -1, device=index.device)  # the last dimension runs fastest
+        t = (index[..., None] // powers % n + offset) / n
+        return f.reference.from_unit(self.unit(t.to(dtype), f)[0])
 
     def log_weights(self, f: ReferencedEnergy, *, generator: torch.Generator | None = None) -> Tensor:
         """Log-weights of the nodes, shape (G, B); their logsumexp is log Z."""
@@ -184,7 +201,7 @@ class AdaptiveQuadrature:
         edges, centres = u[::2], u[1::2]
         log_widths = edges.diff().log()
         values = f.relative(centres.to(f.dtype)[:, None, None])
-        return Cells(edges, centres.to(f.dtype), values + log_widths[:, None].to(f.dtype))
+        return Cells(edges, centres.to(f.dtype), values + log_widths[:, None].to(f.dtype), f.reference)
 
     def own_cells(self, f: ReferencedEnergy, cells: Cells) -> Cells:
         """Cells of their own for the rows of f, at quantiles of the density that the given cells show."""
@@ -198,12 +215,12 @@ class AdaptiveQuadrature:
         guess = guess + 0.1 * (self._proposal_masses(f, cells) if self._has_cdf(f) else pooled / pooled.sum(0))
         source = Cells(cells.edges, cells.centres, guess.log())
         levels = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=masses.device)
-        u = source.icdf(levels[:, None].expand(-1, masses.shape[1]))
+        u = source.unit_quantiles(levels[:, None].expand(-1, masses.shape[1]))
         edges, centres = u[::2].clone(), u[1::2]
         edges[0], edges[-1] = 0.0, 1.0
         log_widths = edges.diff(dim=0).clamp_min(1e-300).log()
         values = f.relative(centres.to(dtype)[..., None])
-        return Cells(edges, centres.to(dtype), values + log_widths.to(dtype))
+        return Cells(edges, centres.to(dtype), values + log_widths.to(dtype), f.reference)
 
     @staticmethod
     def _has_cdf(f: ReferencedEnergy) -> bool:

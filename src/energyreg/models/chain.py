@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ from energyreg.checks import check_count
 from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
 from energyreg.inference.energy import EnergyFunction, ReferencedEnergy
 from energyreg.inference.integrators import AdaptiveQuadrature
-from energyreg.inference.points import Cells, WeightedPoints
+from energyreg.inference.nodes import Nodes
+from energyreg.inference.points import WeightedPoints
+from energyreg.inference.row_blocks import KEEP_SHARE, RowBlock, Rows
 from energyreg.models.ensemble import EnergyEnsemble, EnsembleDistribution
-from energyreg.models.model import EnergyRegressionModel, _as_array, _table_encoder, _table_width
-from energyreg.models.predictive import KEEP_SHARE, PredictiveDistribution, Rows
+from energyreg.models.model import EnergyRegressionModel
+from energyreg.models.predictive import PredictiveDistribution
+from energyreg.models.table_defaults import as_array, table_encoder, table_width
 
 __all__ = ["AncestralSampling", "ChainDistribution", "ChainEncoder", "EnergyChain"]
 
@@ -238,15 +241,15 @@ class EnergyChain(nn.Module):
         factors, previous = [], 0
         for output in order:
             columns = num_features + previous
-            size = _table_width(columns, num_rows) if width is None else width
+            size = table_width(columns, num_rows) if width is None else width
             model = EnergyRegressionModel.for_table(
                 columns, spaces[output], width=size, depth=depth, dropout=dropout, num_components=num_components,
                 num_rows=num_rows, cardinalities=cardinalities,
             )  # fmt: skip
             if previous:
                 drop = 0.2 if dropout is None else dropout
-                of_previous = _table_encoder(previous, size, max(depth - 1, 1), drop, (), num_rows)
-                of_inputs = _table_encoder(num_features, size, max(depth - 1, 1), drop, cardinalities, num_rows)
+                of_previous = table_encoder(previous, size, max(depth - 1, 1), drop, (), num_rows)
+                of_inputs = table_encoder(num_features, size, max(depth - 1, 1), drop, cardinalities, num_rows)
                 model.encoder = ChainEncoder(of_previous, of_inputs, size, drop)
             factors.append(model)
             previous += 2 if spaces[output].periodic[0] else 1
@@ -298,7 +301,7 @@ class EnergyChain(nn.Module):
             ValueError: If y is empty, has the wrong shape, holds NaN or infinite values, lies outside the space, or is
                 no array of numbers.
         """
-        y = _as_array(y, "y")
+        y = as_array(y, "y")
         y = y if y.is_floating_point() else y.to(torch.double)
         if y.ndim != 2 or y.shape[1] != len(self.order) or len(y) == 0:
             raise ValueError(
@@ -374,7 +377,7 @@ def _permutation(order: Sequence[int] | None, dim: int) -> list[int]:
 
 
 def _members(factor: EnergyRegressionModel | EnergyEnsemble) -> list[EnergyRegressionModel]:
-    return list(factor._models()) if isinstance(factor, EnergyEnsemble) else [factor]
+    return list(factor.models()) if isinstance(factor, EnergyEnsemble) else [factor]
 
 
 def _of_inputs(model: EnergyRegressionModel, x: Tensor) -> Tensor | None:
@@ -457,7 +460,7 @@ class ChainEnergy(ReferencedEnergy):
         context = self._context(position, member, rows, z)
 
         def energy(chosen: Rows) -> EnergyFunction:
-            return model._energy(context[chosen])
+            return model.energy_of_context(context[chosen])
 
         return PredictiveDistribution(
             energy, len(context), model.space, quadrature, differentiable=torch.is_grad_enabled(), dtype=model.dtype,
@@ -551,17 +554,34 @@ class ChainEnergy(ReferencedEnergy):
 def _log_density(p: PredictiveDistribution, z: Tensor) -> Tensor:
     """Log-density in model space, (*S, B, 1) to (*S, B), with a gradient where one is wanted."""
     if torch.is_grad_enabled():
-        chunk = p._compute(slice(0, p.batch_shape[0]))
-        return chunk.f(z) - chunk.log_partition
-    return p._gather(lambda chunk: chunk.f(z[..., chunk.rows, :]) - chunk.log_partition, -1)
+        block = p.block(slice(0, p.num_rows))
+        return block.f(z) - block.log_partition
+    return p.gather(lambda block: block.f(z[..., block.rows, :]) - block.log_partition, -1)
 
 
 def _quantiles(p: PredictiveDistribution, level: Tensor) -> Tensor:
     """Model values at levels, (S, B) to (S, B)."""
-    return p._gather(lambda chunk: p._model_quantiles(chunk, level[:, chunk.rows]), -1)
+    return p.gather(lambda block: block.nodes.quantiles(level[:, block.rows])[..., 0], -1)
 
 
 # ---------------------------------------------------------------------------------------------- its prediction
+
+
+@dataclass(frozen=True)
+class _ChainBlock(RowBlock):
+    """A block that keeps the log-density at its draws, each of which costs an integral, where the memory allows it."""
+
+    heights: dict[tuple[int, int], Tensor] | None
+    bytes_per_row: float
+
+    def point_density(self) -> Tensor:
+        key = (self.rows.start, self.rows.stop)
+        if self.heights is not None and key in self.heights:
+            return self.heights[key]
+        height = super().point_density()
+        if self.heights is not None and height.nbytes <= self.bytes_per_row * height.shape[1]:
+            self.heights[key] = height
+        return height
 
 
 class ChainDistribution(PredictiveDistribution):
@@ -584,43 +604,45 @@ class ChainDistribution(PredictiveDistribution):
     integrator: Any
 
     def __init__(self, chain: EnergyChain, x: Tensor, integrator: AncestralSampling, **settings: Any) -> None:
-        self.chain, self._x = chain, x
+        self.chain, self.x = chain, x
         self._heights: dict[tuple[int, int], Tensor] = {}
         super().__init__(self._of_rows, len(x), chain.space, integrator, **settings)  # type: ignore[arg-type]
 
-    def _of_rows(self, rows: Rows) -> Any:
-        # The same interface by another class: the type checker need not know.
-        return ChainEnergy(self.chain, self._x[rows].to(self._device), self._budget)
+    def select(self, rows: Any) -> PredictiveDistribution:
+        """The distribution of some rows, which makes its own draws."""
+        return type(self)(self.chain, self.x[self.row_numbers(rows)], self.integrator, **self.settings)
 
-    def _num_points(self) -> int:
+    def _of_rows(self, rows: Rows) -> ChainEnergy:
+        return ChainEnergy(self.chain, self.x[rows].to(self.device), self.memory_budget)
+
+    def num_points(self) -> int:
         return int(self.integrator.num_samples)
 
-    def _chunk_size(self) -> int:
+    def block_rows(self) -> int:
         f = self._of_rows(slice(0, 1))
-        floats = self._num_points() * (f.floats_per_point(True) + 16 + 4 * self._dim)
-        return max(self._budget // (4 * floats), 1)
+        floats = self.num_points() * (f.floats_per_point(True) + 16 + 4 * self.dim)
+        return max(self.memory_budget // (4 * floats), 1)
 
-    def _integrate(self, f: Any, rows: slice) -> Cells | WeightedPoints:
-        count = self._num_points()
-        sobol = torch.quasirandom.SobolEngine(self._dim, scramble=True, seed=self._seed)
-        uniforms = sobol.draw(count, dtype=torch.double).to(self._device)[:, None].expand(-1, f.batch_size, -1)
+    def integrate(self, f: Any, rows: slice) -> Nodes:
+        count = self.num_points()
+        sobol = torch.quasirandom.SobolEngine(self.dim, scramble=True, seed=self.seed)
+        uniforms = sobol.draw(count, dtype=torch.double).to(self.device)[:, None].expand(-1, f.batch_size, -1)
         z = f.draw(uniforms, self.integrator.quadrature)
         log_weights = torch.full(z.shape[:-1], -math.log(count), dtype=z.dtype, device=z.device)
         return WeightedPoints(z, log_weights, independent=False)
 
-    def _point_density(self, chunk: Any) -> Tensor:
-        key = (chunk.rows.start, chunk.rows.stop)
-        if key not in self._heights:
-            height = super()._point_density(chunk)
-            if self._differentiable or height.nbytes * self._rows > KEEP_SHARE * self._budget * height.shape[1]:
-                return height
-            self._heights[key] = height
-        return self._heights[key]
+    def block(self, rows: slice) -> RowBlock:
+        plain = super().block(rows)
+        return _ChainBlock(
+            **{field.name: getattr(plain, field.name) for field in fields(plain)},
+            heights=None if self.differentiable else self._heights,
+            bytes_per_row=KEEP_SHARE * self.memory_budget / self.num_rows,
+        )
 
     def marginal(self) -> PredictiveDistribution:
         """The marginal of the chain's first output by itself, ``chain.order[0]``: exact, in one dimension."""
         with torch.no_grad():
-            f = self._of_rows(slice(0, self._rows))
+            f = self._of_rows(slice(0, self.num_rows))
             return f.factor(0, None, f.x[:, :0])
 
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
@@ -634,12 +656,12 @@ class ChainDistribution(PredictiveDistribution):
             Samples, shape (*S, B, D).
         """
         shape = torch.Size(sample_shape)
-        uniforms = torch.rand((shape.numel(), self._rows, self._dim), generator=generator, dtype=torch.double)
+        uniforms = torch.rand((shape.numel(), self.num_rows, self.dim), generator=generator, dtype=torch.double)
         parts = []
-        step = max(self._chunk_size(), 1)
+        step = max(self.block_rows(), 1)
         with torch.no_grad():
-            for start in range(0, self._rows, step):
-                rows = slice(start, min(start + step, self._rows))
-                draws = self._of_rows(rows).draw(uniforms[:, rows].to(self._device), self.integrator.quadrature)
-                parts.append(self._space.to_user(draws))
-        return torch.cat(parts, 1).to(self._dtype).reshape(*shape, self._rows, self._dim)
+            for start in range(0, self.num_rows, step):
+                rows = slice(start, min(start + step, self.num_rows))
+                draws = self._of_rows(rows).draw(uniforms[:, rows].to(self.device), self.integrator.quadrature)
+                parts.append(self.space.to_user(draws))
+        return torch.cat(parts, 1).to(self.dtype).reshape(*shape, self.num_rows, self.dim)

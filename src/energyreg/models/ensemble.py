@@ -23,8 +23,9 @@ from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.spaces import TargetSpace
 from energyreg.inference.energy import ReferencedEnergy
+from energyreg.inference.row_blocks import RowBlock, Rows
 from energyreg.models.model import EnergyRegressionModel
-from energyreg.models.predictive import Integrator, PredictiveDistribution, Rows
+from energyreg.models.predictive import Integrator, PredictiveDistribution
 
 __all__ = ["EnergyEnsemble", "EnsembleDistribution", "Uncertainty"]
 
@@ -83,9 +84,9 @@ class EnergyEnsemble(nn.Module):
 
     @property
     def _first(self) -> EnergyRegressionModel:
-        return next(iter(self._models()))
+        return next(iter(self.models()))
 
-    def _models(self) -> Sequence[EnergyRegressionModel]:
+    def models(self) -> Sequence[EnergyRegressionModel]:
         return list(self.members)  # type: ignore[arg-type]
 
     @property
@@ -111,7 +112,7 @@ class EnergyEnsemble(nn.Module):
     @property
     def fitted(self) -> bool:
         """Whether all members have seen training data."""
-        return all(member.fitted for member in self._models())
+        return all(member.fitted for member in self.models())
 
     def check_inputs(self, x: Any) -> Tensor:
         """Inputs as a tensor of the members' dtype; see `EnergyRegressionModel.check_inputs`."""
@@ -138,7 +139,7 @@ class EnergyEnsemble(nn.Module):
         x = self.check_inputs(x)
         # Members may keep what they computed, each within its share.
         share = max(memory_budget // len(self), 1)
-        members = [m(x, integrator=integrator, seed=seed, memory_budget=share) for m in self._models()]
+        members = [m(x, integrator=integrator, seed=seed, memory_budget=share) for m in self.models()]
         return EnsembleDistribution(
             members, self.space, self._integrator() if integrator is None else integrator, weights=self.weights,
             differentiable=self.training, dtype=self.dtype, device=self.device, seed=seed, memory_budget=memory_budget,
@@ -204,8 +205,8 @@ class EnergyEnsemble(nn.Module):
 
     def _integrator(self) -> Integrator:
         """The members' default; a grid for two dimensions if one of them has no proposal to draw points from."""
-        without = [member for member in self._models() if member.proposal is None]
-        return (without or self._models())[0].default_integrator()
+        without = [member for member in self.models() if member.proposal is None]
+        return (without or self.models())[0].default_integrator()
 
 
 def _check_weights(weights: Sequence[float], count: int) -> list[float]:
@@ -418,16 +419,21 @@ class EnsembleDistribution(PredictiveDistribution):
         self._log_z: Tensor | None = None
         super().__init__(self._mixed, members[0].batch_shape[0], space, integrator, **settings)
 
+    def select(self, rows: Any) -> PredictiveDistribution:
+        """The distribution of some rows, which computes its own nodes."""
+        members = [p.select(rows) for p in self.members]
+        return type(self)(members, self.space, self.integrator, self._log_weights.exp().tolist(), **self.settings)
+
     def _mixed(self, rows: Rows) -> Any:
         # The same interface by another class: the type checker need not know.
-        energies = [p._energy(rows) for p in self.members]
+        energies = [p.energy(rows) for p in self.members]
         return EnsembleEnergy(energies, partial(self._log_partitions, rows), self._log_weights)
 
     def _log_partitions(self, rows: Rows) -> Tensor:
         """Log Z of the members, (n, B); computed once, for all rows."""
-        if self._differentiable and torch.is_grad_enabled():
-            everything = slice(0, self._rows)
-            return torch.stack([p._compute(everything).log_partition for p in self.members])[:, rows]
+        if self.differentiable and torch.is_grad_enabled():
+            everything = slice(0, self.num_rows)
+            return torch.stack([p.block(everything).log_partition for p in self.members])[:, rows]
         if self._log_z is None:
             self._log_z = torch.stack([p.log_partition for p in self.members])
         return self._log_z[:, rows]
@@ -439,21 +445,20 @@ class EnsembleDistribution(PredictiveDistribution):
         large numbers, and never negative.
         """
 
-        def entropies(chunk: Any) -> Tensor:
-            y = self._space.to_user(chunk.z)
-            jacobian = self._space.log_abs_det_jacobian(y).to(self._dtype)
-            log_p = chunk.f.member_log_densities(chunk.z.to(self._dtype))
+        def entropies(block: RowBlock) -> Tensor:
+            jacobian = block.jacobian(block.nodes.y)
+            log_p = block.f.member_log_densities(block.nodes.y.to(self.dtype))
             weights = self._log_weights.to(log_p).reshape(-1, *[1] * (log_p.ndim - 1))
             log_mean = (log_p + weights).logsumexp(0)
             shares = (log_p - log_mean).nan_to_num(-math.inf).exp()
             # 0 log 0 = 0
             mutual = (weights.exp() * torch.where(shares > 0, shares * (log_p - log_mean), 0.0)).sum(0)
-            masses = chunk.masses
+            masses = block.masses
             total = -torch.where(masses > 0, masses * (log_mean + jacobian), 0.0).sum(0)
             epistemic = torch.where(masses > 0, masses * mutual, 0.0).sum(0)
             return torch.stack([total, total - epistemic, epistemic], -1)
 
-        total, aleatoric, epistemic = self._gather(entropies).to(self._dtype).unbind(-1)
+        total, aleatoric, epistemic = self.gather(entropies).to(self.dtype).unbind(-1)
         means, shares = torch.stack([p.mean for p in self.members]), self._log_weights.exp()
 
         def average(values: Tensor) -> Tensor:
@@ -461,6 +466,7 @@ class EnsembleDistribution(PredictiveDistribution):
 
         inner = average(torch.stack([p.variance for p in self.members]))
         between = average((means - average(means)).square())
-        if any(self._space.periodic):
-            between = torch.where(self._angles(), self.variance - inner, between)
+        if any(self.space.periodic):
+            angle = torch.tensor(self.space.periodic, device=self.device)
+            between = torch.where(angle, self.variance - inner, between)
         return Uncertainty(total, aleatoric, epistemic, inner + between, inner, between)

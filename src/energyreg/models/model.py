@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -16,8 +15,10 @@ from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
 from energyreg.densities.spaces import Real, TargetSpace
 from energyreg.inference.energy import EnergyFunction
 from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
-from energyreg.models.predictive import KEEP_SHARE, Integrator, PredictiveDistribution, Rows
-from energyreg.networks.encoders import MixedTableEncoder, TableEncoder, TwinEncoder
+from energyreg.inference.row_blocks import KEEP_SHARE, Rows
+from energyreg.models.predictive import Integrator, PredictiveDistribution
+from energyreg.models.table_defaults import FEW_ROWS, as_array, table_encoder, table_width
+from energyreg.networks.encoders import TwinEncoder
 from energyreg.networks.heads import JointHead, SeparableHead
 from energyreg.networks.proposals import MixtureDensityNetwork
 
@@ -28,27 +29,6 @@ ENCODE_BYTES = 16 * 2**20
 
 ENCODE_ROWS = 4096
 """Rows that go through the encoder at once in prediction."""
-
-
-def _as_array(value: Any, name: str) -> Tensor:
-    """A numeric tensor from a tensor, an array, a data frame or nested lists, on the device where it is."""
-    if isinstance(value, Tensor):
-        tensor = value
-    else:
-        try:
-            array = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
-        except ValueError as error:  # ragged lists
-            raise ValueError(f"{name} is not an array of numbers: {error}.") from None
-        if array.dtype == object or array.dtype.kind not in "biuf":
-            raise ValueError(
-                f"{name} has dtype {array.dtype}; expected numbers. Encode categories and dates as numbers, and "
-                f"remove missing values."
-            )
-        # A copy where torch could not share the memory (negative strides, read-only, other byte order).
-        tensor = torch.as_tensor(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
-    if tensor.is_complex():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; expected real numbers.")
-    return tensor
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:
@@ -65,50 +45,6 @@ def _check_finite(tensor: Tensor, name: str) -> None:
             f"expected finite "
             "numbers. Remove or fill them."
         )
-
-
-FEW_ROWS = 10_000
-"""Training rows below which a table's model starts from a mixture: there it is ahead of the marginal as base."""
-
-
-VERY_FEW_ROWS = 500
-"""Training rows below which a table's encoder starts with slow waves."""
-
-
-def _table_width(num_features: int, num_rows: int | None) -> int:
-    """Width of the encoder by default.
-
-    Little is to be learned from a single feature and few rows, and a wide encoder learns their noise: on the toy tasks
-    64 was ahead of 256 by a tenth in divergence, in a third of the time.
-    """
-    return 64 if num_features == 1 and num_rows is not None and num_rows < FEW_ROWS else 256
-
-
-def _table_encoder(
-    num_features: int,
-    width: int,
-    depth: int,
-    dropout: float | None,
-    cardinalities: Sequence[int],
-    num_rows: int | None = None,
-    frequency_scale: float | None = None,
-) -> TableEncoder | MixedTableEncoder:
-    """An encoder with the defaults for tables.
-
-    A single feature carries everything there is to know: dropout blurs it, and wide frequencies see structure in its
-    noise (divergence on toy 2 with dropout 0.1 ten times, with a scale of 0.5 twice as large). So they do in
-    the noise of a few hundred rows (a linear truth of 10 features, 200 rows: 0.26 nats, one seed).
-    """
-    single = num_features == 1
-    dropout = (0.0 if single else 0.2) if dropout is None else dropout
-    very_few = num_rows is not None and num_rows < VERY_FEW_ROWS
-    scale = (0.2 if single or very_few else 0.5) if frequency_scale is None else frequency_scale
-    if len(cardinalities):
-        numeric = num_features - len(cardinalities)
-        return MixedTableEncoder(
-            numeric, cardinalities, context_dim=width, depth=depth, dropout=dropout, frequency_scale=scale
-        )
-    return TableEncoder(num_features, context_dim=width, depth=depth, dropout=dropout, frequency_scale=scale)
 
 
 class EnergyRegressionModel(nn.Module):
@@ -219,8 +155,8 @@ class EnergyRegressionModel(nn.Module):
                 very few rows.
         """
         space = Real(1) if space is None else space
-        width = _table_width(num_features, num_rows) if width is None else width
-        encoder = _table_encoder(num_features, width, depth, dropout, cardinalities, num_rows, frequency_scale)
+        width = table_width(num_features, num_rows) if width is None else width
+        encoder = table_encoder(num_features, width, depth, dropout, cardinalities, num_rows, frequency_scale)
         dim, periodic = space.dim, space.periodic
         head = SeparableHead(width, dim, periodic) if dim <= 2 else JointHead(width, dim, periodic)
         if dim <= 2 and (num_rows is None or num_rows >= FEW_ROWS):
@@ -260,8 +196,8 @@ class EnergyRegressionModel(nn.Module):
                 very few rows.
         """
         space = Real(1) if space is None else space
-        width = _table_width(num_features, num_rows) if width is None else width
-        encoder = _table_encoder(num_features, width, depth, dropout, cardinalities, num_rows, frequency_scale)
+        width = table_width(num_features, num_rows) if width is None else width
+        encoder = table_encoder(num_features, width, depth, dropout, cardinalities, num_rows, frequency_scale)
         proposal = MixtureDensityNetwork(width, space.dim, num_components, periodic=space.periodic)
         base = ProposalBase(Marginal(space.dim, space.periodic))
         return cls(encoder, None, proposal=proposal, base=base, space=space)
@@ -334,7 +270,7 @@ class EnergyRegressionModel(nn.Module):
         Raises:
             ValueError: If x is empty, holds NaN or infinite values, or is no array of numbers.
         """
-        x = _as_array(x, "x")
+        x = as_array(x, "x")
         shape = self._input_shape
         if shape is not None and (
             x.ndim != 1 + len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape[1:], strict=True))
@@ -367,7 +303,7 @@ class EnergyRegressionModel(nn.Module):
             ValueError: If y is empty, has the wrong shape, holds NaN or infinite values, lies outside the space, or is
                 no array of numbers.
         """
-        y = _as_array(y, "y")
+        y = as_array(y, "y")
         y = y if y.is_floating_point() else y.to(torch.double)
         dim = self.space.dim
         if dim == 1 and y.ndim == 1:
@@ -393,7 +329,8 @@ class EnergyRegressionModel(nn.Module):
             detach = not isinstance(self.base, ProposalBase) and not isinstance(self.encoder, TwinEncoder)
         return self.proposal(context.detach() if detach else context)
 
-    def _energy(self, context: Tensor) -> EnergyFunction:
+    def energy_of_context(self, context: Tensor) -> EnergyFunction:
+        """The energy function of rows whose contexts are known, shape (B, C)."""
         both = self.encoder.split(context) if isinstance(self.encoder, TwinEncoder) else (context, context)
         corrected = isinstance(self.base, ProposalBase) and self.base.standardised and self.base.detach
         if corrected and not isinstance(self.encoder, TwinEncoder):  # the proposal learns as it would by itself
@@ -402,7 +339,7 @@ class EnergyRegressionModel(nn.Module):
 
     def energy(self, x: Any) -> EnergyFunction:
         """The energy function f(x, ·) of a batch, in model space; its ``q`` is the proposal."""
-        return self._energy(self.encoder(self._for_encoder(x)))
+        return self.energy_of_context(self.encoder(self._for_encoder(x)))
 
     def condition(self, x: Tensor, y: Tensor) -> tuple[EnergyFunction, Distribution | None, Tensor]:
         """What an objective takes of one batch: ``objective(*model.condition(x, y))``.
@@ -473,7 +410,7 @@ class EnergyRegressionModel(nn.Module):
         """Rows to their energy function; the encoder runs once per row where the contexts may be kept."""
         if self.training and torch.is_grad_enabled():
             context = self.encoder(x.to(self.device))
-            return lambda rows: self._energy(context[rows])
+            return lambda rows: self.energy_of_context(context[rows])
         row_bytes = max(x[0].numel() * x.element_size(), 1)
         step = max(min(ENCODE_ROWS, ENCODE_BYTES // row_bytes), 1)
 
@@ -484,9 +421,9 @@ class EnergyRegressionModel(nn.Module):
         first = encode(x[:step])
         if len(x) * first[0].numel() * first.element_size() <= KEEP_SHARE * memory_budget:
             kept = torch.cat([first, encode(x[step:])]) if len(x) > step else first
-            return lambda rows: self._energy(kept[rows])
+            return lambda rows: self.energy_of_context(kept[rows])
 
         def energy(rows: Rows) -> EnergyFunction:
-            return self._energy(encode(x[rows]))
+            return self.energy_of_context(encode(x[rows]))
 
         return energy

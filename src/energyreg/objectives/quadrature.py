@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from energyreg.inference.cells import half_disagreement
 from energyreg.inference.energy import AnyEnergy, require_reference
 from energyreg.inference.integrators import StratifiedQuadrature
-from energyreg.inference.points import half_disagreement
 from energyreg.objectives.contract import EnergyObjective, Terms
 
 __all__ = ["ExactMaximumLikelihood"]

@@ -26,7 +26,7 @@ from energyreg.evaluation.forecasts import (
     permutation_importance,
 )
 from energyreg.images.files import thumbnail
-from energyreg.models.predictive import Modes
+from energyreg.inference.modes import Modes
 from energyreg.reports.page import Drawing, Gallery, GalleryItem, Section, SectionedReport, Table
 
 if TYPE_CHECKING:
