@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-__all__ = ["caller_random_state", "mix", "seed_global"]
+__all__ = ["caller_random_state", "mix", "random_like", "seed_global"]
 
 
 def mix(*numbers: int) -> int:
@@ -36,3 +37,14 @@ def caller_random_state() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def random_like(
+    draw: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Draw numbers of the type and on the device of a tensor, by `torch.rand` or `torch.randn`.
+
+    They are drawn where the generator is, so that one of the CPU serves a model on a GPU.
+    """
+    source = like.device if generator is None else generator.device
+    return draw(shape, generator=generator, dtype=like.dtype, device=source).to(like.device)

@@ -229,6 +229,7 @@ def test_chains_wrap_the_angles_of_every_energy(sampler: Langevin | MALA, make: 
     start = torch.tensor([0.0, 3.1], dtype=DOUBLE).expand(ROWS, 2)
     chains = sampler.run(make(ALL), start=start, generator=_generator())
     assert chains.periodic == PERIODIC
+    assert chains.rhat.shape == chains.effective_sample_size.shape == (ROWS, 2)
     angle = chains.samples[..., 1]
     assert angle.min() >= -math.pi and angle.max() < math.pi
     assert angle.min() < 0 < angle.max()  # they cross the cut

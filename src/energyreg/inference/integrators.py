@@ -15,6 +15,7 @@ from energyreg.densities.mixtures import GaussianMixture, draw
 from energyreg.inference.cells import Cells
 from energyreg.inference.energy import AnyEnergy, ReferencedEnergy, require_reference
 from energyreg.inference.points import WeightedPoints
+from energyreg.randomness import random_like
 
 __all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
 
@@ -59,15 +60,11 @@ class StratifiedQuadrature:
     def nodes(self, f: ReferencedEnergy, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Unit coordinates of the nodes, shape (G, 1, D), and their log-weights, shape (G, 1)."""
         f = require_reference(f, "Quadrature")
-        device, dtype, dim = f.device, f.dtype, len(f.periodic)
+        dim = len(f.periodic)
         n = self.per_dimension(dim)
-        cells = torch.arange(n, dtype=dtype, device=device)
+        cells = torch.arange(n, dtype=f.dtype, device=f.device)
         grid = torch.stack(torch.meshgrid(*[cells] * dim, indexing="ij"), -1).reshape(-1, 1, dim)
-        # On the generator's own device, so that a CPU generator serves a model on a GPU.
-        source = generator.device if generator is not None else device
-        offset = (
-            torch.rand(grid.shape, generator=generator, dtype=dtype, device=source).to(device) if self.jitter else 0.5
-        )
+        offset = random_like(torch.rand, grid.shape, grid, generator) if self.jitter else 0.5
         return self.unit((grid + offset) / n, f)
 
     def unit(self, t: Tensor, f: ReferencedEnergy) -> tuple[Tensor, Tensor]:

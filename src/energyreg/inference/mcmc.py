@@ -8,7 +8,8 @@ all rows take their steps together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,10 +19,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energyreg.checks import check_count
-from energyreg.densities.angles import periodic_flags, wrap_angles
+from energyreg.densities.angles import wrap_angles
 from energyreg.densities.mixtures import draw
 from energyreg.inference.energy import AnyEnergy, periodic_of
+from energyreg.inference.mcmc_diagnostics import effective_sample_size, rhat
 from energyreg.inference.points import WeightedPoints
+from energyreg.randomness import random_like
 
 __all__ = [
     "Langevin",
@@ -64,12 +67,6 @@ def _mask(angles: tuple[bool, ...], y: Tensor) -> Tensor | None:
 
 def _wrap(y: Tensor, angle: Tensor | None) -> Tensor:
     return y if angle is None else wrap_angles(y, angle)
-
-
-def _random(draw: Callable[..., Tensor], shape: torch.Size, y: Tensor, generator: torch.Generator | None) -> Tensor:
-    # On the generator's own device, so that a CPU generator serves a model on a GPU.
-    source = y.device if generator is None else generator.device
-    return draw(shape, generator=generator, dtype=y.dtype, device=source).to(y.device)
 
 
 class MALAState(NamedTuple):
@@ -117,12 +114,11 @@ def mala_init(f: AnyEnergy, y: Tensor) -> MALAState:
     return MALAState(y, value.detach(), torch.zeros_like(y) if gradient is None else gradient)
 
 
-def _langevin_step(
-    f: AnyEnergy, y: Tensor, step: Tensor, noise_scale: float, angle: Tensor | None, generator: torch.Generator | None
+def _move(
+    state: MALAState, step: Tensor, noise_scale: float, angle: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
-    gradient = mala_init(f, y).gradient
-    noise = _random(torch.randn, y.shape, y, generator)
-    return _wrap(y + step.square() / 2 * gradient + noise_scale * step * noise, angle)
+    noise = random_like(torch.randn, state.y.shape, state.y, generator)
+    return _wrap(state.y + step.square() / 2 * state.gradient + noise_scale * step * noise, angle)
 
 
 def langevin_step(
@@ -162,14 +158,14 @@ def langevin_step(
     _check_step_size(step_size)
     _check_noise_scale(noise_scale)
     angle = _mask(periodic_of(f, y.shape[-1], periodic), y)
-    return _langevin_step(f, y.detach(), _steps(step_size, y), noise_scale, angle, generator)
+    return _move(mala_init(f, y), _steps(step_size, y), noise_scale, angle, generator)
 
 
 def _mala_step(
     f: AnyEnergy, state: MALAState, step: Tensor, angle: Tensor | None, generator: torch.Generator | None
 ) -> tuple[MALAState, Tensor]:
-    noise = _random(torch.randn, state.y.shape, state.y, generator)
-    uniform = _random(torch.rand, state.value.shape, state.y, generator)
+    noise = random_like(torch.randn, state.y.shape, state.y, generator)
+    uniform = random_like(torch.rand, state.value.shape, state.y, generator)
     trial = mala_init(f, _wrap(state.y + step.square() / 2 * state.gradient + step * noise, angle))
     # The noise that would lead back is -(noise + λ/2 (∇f + ∇f')). It belongs to the path as it was before wrapping:
     # that is exact on a circle too, where the way back by the same number of turns has this density.
@@ -316,14 +312,97 @@ class Chains:
         return WeightedPoints(y, torch.full_like(y[..., 0], -math.log(len(y))), independent=False)
 
 
+class _Walk(NamedTuple):
+    """What all steps of all chains share."""
+
+    f: AnyEnergy
+    periodic: tuple[bool, ...]
+    angle: Tensor | None
+    generator: torch.Generator | None
+
+
+class MarkovChains(ABC):
+    """The loop around the steps of a sampler: begin, warm up, walk, keep."""
+
+    num_chains: int
+    num_warmup: int
+    step_size: float | Sequence[float]
+    periodic: Sequence[bool] | None
+
+    def run(
+        self,
+        f: AnyEnergy,
+        q: Distribution | None = None,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Chains:
+        """Warm up, then run the chains and keep their positions.
+
+        Args:
+            f: Energy, (C, B, D) to (C, B).
+            q: Proposal; the chains begin at its samples where start is None. Those where f is -inf are drawn again.
+            start: Where the chains begin, shape (B, D), repeated over the chains, or (C, B, D). R-hat can find modes
+                that were missed only if the starts differ.
+            generator: Source of randomness; torch's global one by default.
+
+        Returns:
+            The chains, with N samples of each, shape (N, C, B, D).
+
+        Raises:
+            ValueError: If there is neither q nor start, start has another shape, step_size another length than D, or f
+                is not finite at the start.
+        """
+        state, periodic = _begin(f, q, start, self.num_chains, self.periodic, generator)
+        walk = _Walk(f, periodic, _mask(periodic, state.y), generator)
+        state, step = self._warm_up(walk, state, _steps(self.step_size, state.y))
+        kept, thinning = self._length
+        samples = state.y.new_empty(kept, *state.y.shape)
+        total = None
+        for index in range(kept):
+            for _ in range(thinning):
+                state, acceptance = self._step(walk, state, step)
+                if acceptance is not None:
+                    total = acceptance.mean(0) if total is None else total + acceptance.mean(0)
+            samples[index] = state.y
+        mean = None if total is None else total / (kept * thinning)
+        return Chains(samples, mean, step.log().mean(-1).exp().expand(state.y.shape[1]), periodic)
+
+    def __call__(
+        self,
+        f: AnyEnergy,
+        q: Distribution | None = None,
+        *,
+        start: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> WeightedPoints:
+        """Return the points of :meth:`run`, equally weighted: they cannot give log Z, see :attr:`Chains.points`."""
+        return self.run(f, q, start=start, generator=generator).points
+
+    @property
+    @abstractmethod
+    def _length(self) -> tuple[int, int]:
+        """Positions that each chain keeps, and steps per position."""
+
+    def _warm_up(self, walk: _Walk, state: MALAState, step: Tensor) -> tuple[MALAState, Tensor]:
+        """Make the steps that are not kept; return the step size to go on with."""
+        for _ in range(self.num_warmup):
+            state, _ = self._step(walk, state, step)
+        return state, step
+
+    @abstractmethod
+    def _step(self, walk: _Walk, state: MALAState, step: Tensor) -> tuple[MALAState, Tensor | None]:
+        """Make one step of all chains, and say with which probabilities it was accepted, shape (C, B)."""
+
+
 @dataclass(frozen=True)
-class Langevin:
+class Langevin(MarkovChains):
     r"""Chains of the unadjusted Langevin algorithm, as in training by ML-MCMC.
 
     .. math:: y \leftarrow y + \frac{\lambda^2}{2} \nabla_y f(y) + \lambda \epsilon, \quad \epsilon \sim N(0, I)
 
-    Nothing is rejected, so the chains' law is exp f / Z only in the limit of small λ: for a standard normal density
-    they have the variance 1 / (1 - λ² / 4), and they diverge where f curves more than 4 / λ².
+    Nothing is rejected, so the chains' stationary distribution is exp f / Z only in the limit of small λ: for a
+    standard normal density they have the variance 1 / (1 - λ² / 4), and they diverge where f curves more than 4 / λ².
 
     Args:
         num_steps: Steps L that a chain makes after warm-up.
@@ -381,51 +460,15 @@ class Langevin:
         angle = _mask(periodic_of(f, y.shape[-1], self.periodic), y)
         y, step = _wrap(y, angle), _steps(self.step_size, y)
         for _ in range(self.num_warmup + self.num_steps):
-            y = _langevin_step(f, y, step, self.noise_scale, angle, generator)
+            y = _move(mala_init(f, y), step, self.noise_scale, angle, generator)
         return y
 
-    def run(
-        self,
-        f: AnyEnergy,
-        q: Distribution | None = None,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Chains:
-        """Run the chains and keep every position after warm-up.
+    @property
+    def _length(self) -> tuple[int, int]:
+        return self.num_steps, 1
 
-        Args:
-            f: AnyEnergy, (M, B, D) to (M, B).
-            q: Proposal; the chains begin at its samples where start is None.
-            start: Where the chains begin, shape (B, D), repeated over the chains, or (M, B, D).
-            generator: Source of randomness; torch's global one by default.
-
-        Returns:
-            The chains, with samples of shape (num_steps, num_chains, B, D) and no acceptance.
-
-        Raises:
-            ValueError: If there is neither q nor start, start has another shape, or f is not finite there.
-        """
-        state, angles = _begin(f, q, start, self.num_chains, self.periodic, generator)
-        y = state.y
-        angle, step = _mask(angles, y), _steps(self.step_size, y)
-        samples = y.new_empty(self.num_steps, *y.shape)
-        for index in range(-self.num_warmup, self.num_steps):
-            y = _langevin_step(f, y, step, self.noise_scale, angle, generator)
-            if index >= 0:
-                samples[index] = y
-        return Chains(samples, None, step.log().mean().exp().expand(y.shape[1]), angles)
-
-    def __call__(
-        self,
-        f: AnyEnergy,
-        q: Distribution | None = None,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> WeightedPoints:
-        """Return the points of :meth:`run`, equally weighted: they cannot give log Z, see :attr:`Chains.points`."""
-        return self.run(f, q, start=start, generator=generator).points
+    def _step(self, walk: _Walk, state: MALAState, step: Tensor) -> tuple[MALAState, None]:
+        return mala_init(walk.f, _move(state, step, self.noise_scale, walk.angle, walk.generator)), None
 
 
 class _DualAveraging(NamedTuple):
@@ -446,13 +489,13 @@ class _DualAveraging(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MALA:
-    r"""Chains of the Metropolis-adjusted Langevin algorithm, whose law is exp f / Z at any step size.
+class MALA(MarkovChains):
+    r"""Chains of the Metropolis-adjusted Langevin algorithm, with exp f / Z as stationary distribution.
 
-    During warm-up the step size of each row is adapted to the target acceptance by dual averaging, from all of the
-    row's chains; then it stays. The proposal as start finds the modes that the chains themselves may never cross
-    between. Beware of starts far out in a tail that is steeper than the middle: there every step of a good size for the
-    middle is rejected, and the chain stays for long. :attr:`Chains.rhat` shows it.
+    It is so at any step size. During warm-up the step size of each row is adapted to the target acceptance by dual
+    averaging, from all of the row's chains; then it stays. The proposal as start finds the modes that the chains
+    themselves may never cross between. Beware of starts far out in a tail that is steeper than the middle: there every
+    step of a good size for the middle is rejected, and the chain stays for long. :attr:`Chains.rhat` shows it.
 
     Args:
         num_samples: Positions N that each chain keeps.
@@ -494,201 +537,22 @@ class MALA:
         if not 0 < self.target_acceptance < 1:
             raise ValueError(f"target_acceptance is {self.target_acceptance}; expected a number in (0, 1).")
 
-    def _warm_up(
-        self,
-        f: AnyEnergy,
-        state: MALAState,
-        base: Tensor,
-        angles: tuple[bool, ...],
-        angle: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[MALAState, Tensor]:
+    @property
+    def _length(self) -> tuple[int, int]:
+        return self.num_samples, self.thinning
+
+    def _warm_up(self, walk: _Walk, state: MALAState, step: Tensor) -> tuple[MALAState, Tensor]:
         """The state after warm-up, and the step sizes to keep, shape (B, D)."""
+        base = step.expand(state.y.shape[-1])
         # A flat energy on a circle accepts any step, and the factor would grow without limit.
-        limits = [math.log(2 * math.pi / float(base[d])) for d, flag in enumerate(angles) if flag]
+        limits = [math.log(2 * math.pi / float(base[d])) for d, flag in enumerate(walk.periodic) if flag]
         most = min([LONGEST, *limits])
         zero = torch.zeros_like(state.value[0])
         adaptation = _DualAveraging(zero, zero, zero)
         for _ in range(self.num_warmup):
-            step = base * adaptation.log_factor.exp()[:, None]
-            state, acceptance = _mala_step(f, state, step, angle, generator)
+            state, acceptance = self._step(walk, state, base * adaptation.log_factor.exp()[:, None])
             adaptation = adaptation.update(acceptance.mean(0), self.target_acceptance, most)
         return state, base * adaptation.log_average.exp()[:, None]
 
-    def run(
-        self,
-        f: AnyEnergy,
-        q: Distribution | None = None,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Chains:
-        """Warm up, then run the chains.
-
-        Args:
-            f: AnyEnergy, (C, B, D) to (C, B).
-            q: Proposal; the chains begin at its samples where start is None. Those where f is -inf are drawn again.
-            start: Where the chains begin, shape (B, D), repeated over the chains, or (C, B, D). R-hat can find modes
-                that were missed only if the starts differ.
-            generator: Source of randomness; torch's global one by default.
-
-        Returns:
-            The chains, with samples of shape (num_samples, num_chains, B, D).
-
-        Raises:
-            ValueError: If there is neither q nor start, start has another shape, step_size another length than D, or f
-                is not finite at the start.
-        """
-        state, angles = _begin(f, q, start, self.num_chains, self.periodic, generator)
-        angle, base = _mask(angles, state.y), _steps(self.step_size, state.y)
-        state, step = self._warm_up(f, state, base.expand(state.y.shape[-1]), angles, angle, generator)
-        samples = state.y.new_empty(self.num_samples, *state.y.shape)
-        total = torch.zeros_like(state.value[0])
-        for index in range(self.num_samples):
-            for _ in range(self.thinning):
-                state, acceptance = _mala_step(f, state, step, angle, generator)
-                total += acceptance.mean(0)
-            samples[index] = state.y
-        return Chains(samples, total / (self.num_samples * self.thinning), step.log().mean(-1).exp(), angles)
-
-    def __call__(
-        self,
-        f: AnyEnergy,
-        q: Distribution | None = None,
-        *,
-        start: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> WeightedPoints:
-        """Return the points of :meth:`run`, equally weighted: they cannot give log Z, see :attr:`Chains.points`."""
-        return self.run(f, q, start=start, generator=generator).points
-
-
-def _columns(samples: Tensor) -> Tensor:
-    """Split each chain in two and bring the draws to the end: (N, C, B, D) to (B, D, 2 C, N / 2), in double precision.
-
-    Raises:
-        ValueError: If there are fewer than four draws a chain, or another number of dimensions.
-    """
-    if samples.ndim != 4 or len(samples) < 4:
-        raise ValueError(
-            f"samples has shape {tuple(samples.shape)}; expected (N, C, B, D) with at least N = 4 draws a chain."
-        )
-    half = len(samples) // 2  # of an odd number the middle draw is left out
-    return torch.cat([samples[:half], samples[-half:]], 1).double().permute(2, 3, 1, 0)
-
-
-def _rank_normalised(columns: Tensor) -> Tensor:
-    """Normal scores of the ranks among all draws of all chains, ties sharing their average rank."""
-    flat = columns.flatten(-2).contiguous()
-    ordered = flat.sort(-1).values
-    rank = (torch.searchsorted(ordered, flat) + torch.searchsorted(ordered, flat, right=True) + 1) / 2
-    return torch.special.ndtri((rank.double() - 0.375) / (flat.shape[-1] + 0.25)).reshape(columns.shape)
-
-
-def _split_rhat(columns: Tensor) -> Tensor:
-    within = columns.var(-1).mean(-1)
-    n = columns.shape[-1]
-    return ((n - 1) / n + columns.mean(-1).var(-1) / within).sqrt()
-
-
-def _linear_rhat(samples: Tensor) -> Tensor:
-    ordered = samples.flatten(0, 1).sort(0).values
-    median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    bulk = _split_rhat(_rank_normalised(_columns(samples)))
-    return torch.maximum(bulk, _split_rhat(_rank_normalised(_columns((samples - median).abs()))))
-
-
-def _linear_ess(samples: Tensor) -> Tensor:
-    columns = _rank_normalised(_columns(samples))
-    m, n = columns.shape[-2:]
-    means = columns.mean(-1, keepdim=True)
-    spectrum = torch.fft.rfft(columns - means, n=2 * n).abs().square()
-    covariance = torch.fft.irfft(spectrum, n=2 * n)[..., :n].mean(-2) / n
-    within = covariance[..., :1] * n / (n - 1)
-    total = within * (n - 1) / n + means.var(-2)
-    correlation = 1 - (within - covariance) / total
-    correlation[..., 0] = 1
-    num_pairs = max(n // 2 - 1, 1)
-    even = correlation[..., : 2 * num_pairs : 2]
-    pairs = even + correlation[..., 1 : 2 * num_pairs : 2]
-    # Geyer: the sums of pairs are positive and fall, for a reversible chain; what does not is noise.
-    first = (pairs > 0).cumprod(-1).sum(-1, keepdim=True).clamp_max(num_pairs - 1)
-    kept = torch.arange(num_pairs, device=pairs.device) < first
-    time = 2 * torch.where(kept, pairs.cummin(-1).values, torch.zeros_like(pairs)).sum(-1) - 1
-    time = time + even.gather(-1, first)[..., 0].clamp_min(0)
-    size = m * n / time.clamp_min(1 / math.log10(m * n))
-    return torch.where(total[..., 0] > 0, size, torch.nan)
-
-
-def _for_angles_too(
-    statistic: Callable[[Tensor], Tensor],
-    worst: Callable[[Tensor, Tensor], Tensor],
-    samples: Tensor,
-    periodic: Sequence[bool] | None,
-) -> Tensor:
-    """A statistic of the samples; for an angle, which has no order, the worse of those of its cosine and its sine."""
-    value = statistic(samples)
-    angle = _mask(periodic_flags(samples.shape[-1], periodic), samples)
-    if angle is not None:
-        value = torch.where(angle, worst(statistic(samples.cos()), statistic(samples.sin())), value)
-    # A chain that diverged has ranks like any other: only the positions tell.
-    finite = samples.isfinite().flatten(0, 1).all(0)
-    return torch.where(finite, value, torch.nan).to(samples.dtype)
-
-
-def rhat(samples: Tensor, *, periodic: Sequence[bool] | None = None) -> Tensor:
-    r"""Rank-normalised split R-hat: how much wider all chains together are than each half of a chain by itself.
-
-    .. math:: \hat R = \sqrt{\frac{\frac{n - 1}{n} W + \frac1n B}{W}}
-
-    with B and W the variances between and within half chains of n draws, of the normal scores of the draws' ranks; the
-    larger of that for the draws and for their distances from the median.
-
-    Args:
-        samples: Draws in the order of the chains, shape (N, C, B, D).
-        periodic: Whether each dimension is an angle, for which its cosine and sine are looked at; none by default.
-
-    Returns:
-        R-hat, shape (B, D). Near 1 if the chains agree; above 1.01 do not trust them. NaN where no chain moved at all,
-        or a draw is not finite.
-
-    Raises:
-        ValueError: If samples has not four dimensions, or N < 4.
-
-    Source:
-        Vehtari, Gelman, Simpson, Carpenter and Bürkner, Bayesian Analysis 2021.
-
-    >>> stuck = torch.randn(500, 2, 1, 1) + torch.tensor([-5.0, 5.0])[:, None, None]
-    >>> bool(rhat(stuck) > 1.1)
-    True
-    """
-    return _for_angles_too(_linear_rhat, torch.maximum, samples, periodic)
-
-
-def effective_sample_size(samples: Tensor, *, periodic: Sequence[bool] | None = None) -> Tensor:
-    r"""Bulk effective sample size: how many independent draws would give means as exact as these.
-
-    .. math:: \frac{N C}{1 + 2 \sum_{t \geq 1} \rho_t}
-
-    with the autocorrelations ρ of the draws' normal scores, over half chains, summed as far as Geyer's initial monotone
-    sequence goes. Chains that disagree count as correlated, so that it is small for them.
-
-    Args:
-        samples: Draws in the order of the chains, shape (N, C, B, D).
-        periodic: Whether each dimension is an angle, for which its cosine and sine are looked at; none by default.
-
-    Returns:
-        The size, shape (B, D), at most N C log10(N C), which antithetic chains can reach. NaN where no chain moved at
-        all, or a draw is not finite.
-
-    Raises:
-        ValueError: If samples has not four dimensions, or N < 4.
-
-    Source:
-        Vehtari, Gelman, Simpson, Carpenter and Bürkner, Bayesian Analysis 2021; Geyer, Statistical Science 1992.
-
-    >>> draws = torch.randn(1000, 2, 1, 1, generator=torch.Generator().manual_seed(0))
-    >>> bool(effective_sample_size(draws) > 1500), bool(effective_sample_size(draws.cumsum(0)) < 100)
-    (True, True)
-    """
-    return _for_angles_too(_linear_ess, torch.minimum, samples, periodic)
+    def _step(self, walk: _Walk, state: MALAState, step: Tensor) -> tuple[MALAState, Tensor]:
+        return _mala_step(walk.f, state, step, walk.angle, walk.generator)

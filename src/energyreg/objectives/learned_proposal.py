@@ -84,7 +84,7 @@ class LearnedProposalObjective(ABC):
         points = torch.cat([y[None], samples])
         s = _Sampled(*target_first(f(points)), *target_first(q.log_prob(points)))
         energy_loss = self.energy_loss(
-            s._replace(log_q_target=s.log_q_target.detach(), log_q_samples=s.log_q_samples.detach())
+            _Sampled(s.f_target, s.f_samples, s.log_q_target.detach(), s.log_q_samples.detach())
         )
         loss = energy_loss + self._proposal_loss(s)
         log_weights = s.f_samples - s.log_q_samples - math.log(len(s.f_samples))

@@ -14,6 +14,7 @@ from energyreg.inference.energy import AnyEnergy, periodic_of
 from energyreg.inference.mcmc import Langevin
 from energyreg.objectives import losses
 from energyreg.objectives.contract import EnergyObjective, Terms, check_length, check_scale
+from energyreg.randomness import random_like
 
 __all__ = ["DenoisingScoreMatching", "MaximumLikelihoodMCMC", "ScoreMatching"]
 
@@ -154,9 +155,7 @@ class DenoisingScoreMatching(EnergyObjective):
         """Return the loss of f for targets y in model space, shape (B, D)."""
         check_length("scale", self.scale, y.shape[-1])
         scale = torch.as_tensor(self.scale).to(y)
-        source = generator.device if generator is not None else y.device
-        shape = (self.num_samples, *y.shape)
-        normal = torch.randn(shape, generator=generator, dtype=y.dtype, device=source).to(y.device)
+        normal = random_like(torch.randn, (self.num_samples, *y.shape), y, generator)
         noisy = there = y + scale * normal
         periodic = periodic_of(f, y.shape[-1])
         if any(periodic):
