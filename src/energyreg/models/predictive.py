@@ -13,11 +13,10 @@ from torch.distributions import Distribution, constraints
 
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.spaces import TargetSpace
+from energyreg.inference.diagnostics import Diagnostics, diagnose
 from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
 from energyreg.inference.modes import Modes, find_modes, highest, refine_in_user_units
 from energyreg.inference.nodes import Nodes
-from energyreg.inference.pareto import pareto_k
-from energyreg.inference.points import WeightedPoints
 from energyreg.inference.regions import intervals, threshold_at_level
 from energyreg.inference.row_blocks import KEEP_SHARE, NodeCache, RowBlock, Rows, refine_cells
 
@@ -27,27 +26,6 @@ Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSa
 
 BLOCK = 64
 """Rows whose samples come from one seed where the proposal cannot share points, so that blocks change nothing."""
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """How far the numbers of a predictive distribution can be trusted, per row.
-
-    Attributes:
-        log_partition: Estimate of log Z(x), shape (B,).
-        log_partition_stderr: Its standard error (for quadrature, half the disagreement of two interleaved halves),
-            shape (B,).
-        effective_sample_size: Kish's effective number of points, shape (B,).
-        pareto_k: Shape of the weights' tail, shape (B,); above 0.7 do not trust the row. See
-            :func:`energyreg.inference.points.pareto_k`.
-        num_points: Points per row.
-    """
-
-    log_partition: Tensor
-    log_partition_stderr: Tensor
-    effective_sample_size: Tensor
-    pareto_k: Tensor
-    num_points: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +63,7 @@ class PredictiveDistribution(Distribution):
     done in blocks of rows within a memory budget, which do not change the result. Nothing here carries a gradient,
     except `log_prob` and `prob` of a model in training mode.
 
-    Made by calling a model.
+    Made by calling a model. Long: it has a method for each question, and most of its lines are their contracts.
 
     Args:
         energy: Gives the energy function of some rows.
@@ -609,14 +587,5 @@ class PredictiveDistribution(Distribution):
     @property
     def diagnostics(self) -> Diagnostics:
         """log Z with its standard error, effective sample size and Pareto shape of each row."""
-
-        def columns(block: RowBlock) -> Tensor:
-            weights = block.nodes.log_weights
-            none = torch.zeros(len(weights), 1, 1, device=weights.device)
-            points = WeightedPoints(none, weights, block.nodes.independent)
-            return torch.stack(
-                [block.log_partition, points.log_partition_stderr, points.effective_sample_size, pareto_k(weights)], -1
-            )
-
-        log_z, stderr, ess, k = self.gather(columns).unbind(-1)
+        log_z, stderr, ess, k = self.gather(diagnose).unbind(-1)
         return Diagnostics(log_z, stderr, ess, k, self.num_points())
