@@ -542,7 +542,8 @@ def test_help_and_wrong_usage_are_answered_at_once(arguments, status, words, tmp
             [sys.executable, "-c", *command], cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        text = child.stdout.read()
+        with child.stdout:
+            text = child.stdout.read()
         _, exit_status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(exit_status)
         return usage.ru_utime + usage.ru_stime, text, child.returncode
