@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,45 +11,13 @@ import torch
 import energyreg as er
 from energyreg.reports import page as report
 from energyreg.reports.page import Example, ModelResult, Partition, Report, Score
+from tests.html_page import Page
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 BAD = """<b>&'"$\\frac{</svg>"""
 HOSTILE = """<script>alert("1")</script> & 'quotes' {{ 7 * 7 }} {% raw %}"""
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, the text outside of style, and every tag that does not match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.mistakes, self.elements, self.text = [], [], [], []
-        self.feed(text)
-        self.close()
-        self.mistakes += self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if len(dict(attributes)) != len(attributes):
-            self.mistakes.append(f"double attribute in {tag}")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.mistakes.append(f"/{tag}")
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.text.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")

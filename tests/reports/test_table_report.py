@@ -1,13 +1,10 @@
 """The numbers of a report on a table agree with independent ones, and its page says what it shows."""
 
-import math
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
@@ -15,256 +12,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 stats = pytest.importorskip("scipy.stats")
 
+from energyreg import evaluation  # noqa: E402
 from energyreg.densities import spaces  # noqa: E402
-from energyreg.densities.spaces import Real  # noqa: E402
-from energyreg.estimators.table import EnergyRegressor  # noqa: E402
-from energyreg.evaluation import forecasts as evaluation  # noqa: E402
-from energyreg.evaluation.forecasts import LEVELS, LinearForecast, MarginalForecast, circular_crps  # noqa: E402
-from energyreg.models.chain import EnergyChain  # noqa: E402
 from energyreg.reports import page as report  # noqa: E402
 from energyreg.reports import table_report  # noqa: E402
 from energyreg.reports.page import Drawing, Gallery, GalleryItem, Section, SectionedReport, Table  # noqa: E402
+from tests.fitted import KINDS, fitted, rows, targets  # noqa: E402
+from tests.html_page import Page  # noqa: E402
 
-KINDS = {"real": ["y"], "positive": ["y"], "count": ["y"], "circle": ["y"], "two": ["y", "z"]}
 PAGES = {kind: names for kind, names in KINDS.items() if kind != "positive"}
-VOID = {"meta", "br"}
-
-
-def rows(count, seed=0):
-    """A table with a number, a category and a missing value, and targets that are linear in the number."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=count)
-    table = pd.DataFrame({"x": x, "w": rng.normal(size=count), "group": rng.choice(["a", "b", "c"], count)})
-    table.loc[3, "w"] = np.nan
-    return table, 2 * x + rng.normal(size=count)
-
-
-def targets(kind, y):
-    if kind == "positive":
-        return np.exp(y / 3)
-    if kind == "count":
-        return np.maximum(np.round(y + 5), 0)
-    if kind == "circle":
-        return (350 + 20 * y) % 360
-    return np.stack([y, y**2 + np.cos(7 * y)], 1) if kind == "two" else y
-
-
-def target_of(kind):
-    return {"circle": ("circle", 0, 360), "two": "real"}.get(kind, kind)
-
-
-@pytest.fixture(scope="module")
-def fitted():
-    """Kind → an estimator that has seen one epoch."""
-    table, y = rows(120)
-    made = {}
-    for kind in KINDS:
-        regressor = EnergyRegressor(target=target_of(kind), n_members=1, epochs=1, random_state=0)
-        made[kind] = regressor.fit(table, targets(kind, y))
-    return made
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, their text, and every tag that does not match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.mistakes, self.elements, self.text = [], [], [], []
-        self.feed(text)
-        self.close()
-        self.mistakes += self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.mistakes.append(f"/{tag}")
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-# ---------------------------------------------------------------------------------------------- scores
-
-
-def test_circular_crps_is_the_expectation_over_all_pairs_and_knows_no_cut():
-    rng = np.random.default_rng(0)
-    points, y = rng.uniform(0, 24, (5, 30)), rng.uniform(0, 24, 5)
-
-    def arc(a, b):
-        return np.abs((a - b + 12) % 24 - 12)
-
-    pairs = arc(points[:, :, None], points[:, None, :]).mean((1, 2))
-    expected = arc(points, y[:, None]).mean(1) - 0.5 * pairs
-    np.testing.assert_allclose(circular_crps(points, y, 24.0), expected, rtol=1e-12)
-    np.testing.assert_allclose(circular_crps((points + 7) % 24, (y + 7) % 24, 24.0), expected, rtol=1e-9)
-
-
-def test_circular_crps_of_a_narrow_forecast_is_that_on_the_line():
-    levels = (np.arange(128) + 0.5) / 128
-    points = 100 + 5 * stats.norm.ppf(levels)[None]
-    y = 107.0
-    z = (y - 100) / 5
-    closed = 5 * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / math.sqrt(math.pi))
-    assert circular_crps(points, np.array([y]), 360.0)[0] == pytest.approx(closed, rel=0.01)
-
-
-@pytest.mark.parametrize("kind", ["real", "positive", "circle"])
-def test_linear_density_integrates_to_one(fitted, kind):
-    table, y = rows(300, seed=1)
-    forecast = LinearForecast(fitted[kind], table, targets(kind, y)[:, None])
-    ends = {"real": (-40, 40), "positive": (1e-6, 400), "circle": (0, 360)}[kind]
-    grid = np.linspace(*ends, 200_001) if kind != "positive" else np.geomspace(*ends, 200_001)
-    for row in (0, 7):
-        density = np.exp(forecast.log_density(table.iloc[[row] * len(grid)], grid[:, None]))
-        assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
-
-
-def test_linear_forecast_is_least_squares_with_gaussian_noise(fitted):
-    table, y = rows(400, seed=2)
-    table[["x", "w"]] = table[["x", "w"]].fillna(0.0).clip(-1, 1)  # a missing or extreme value is coded otherwise
-    forecast = LinearForecast(fitted["real"], table, y[:, None])
-    x = np.column_stack([np.ones(400), table["x"], table["w"], table["group"] == "a", table["group"] == "b"])
-    solution, rest, *_ = np.linalg.lstsq(x.astype(float), y, rcond=None)
-    mean, scale = x.astype(float) @ solution, math.sqrt(rest[0] / (400 - 5))
-    new = y[::-1].copy()
-    expected = stats.norm.logpdf(new, mean, scale)
-    # The penalty of 1e-3 and the rounding of the features to float32 move the line by little.
-    np.testing.assert_allclose(forecast.log_density(table, new[:, None]), expected, atol=0.05, rtol=0.01)
-    quantiles = forecast.quantiles(table, [0.05, 0.5])[..., 0]
-    np.testing.assert_allclose(quantiles, mean[:, None] + scale * stats.norm.ppf([0.05, 0.5]), atol=0.05)
-
-
-def test_linear_forecast_of_two_outputs_is_a_joint_gaussian(fitted):
-    table, y = rows(200, seed=3)
-    both = targets("two", y)
-    forecast = LinearForecast(fitted["two"], table, both)
-    space = fitted["two"].model_.space
-    location = forecast.location(table)
-    z = space.to_model(torch.as_tensor(both)).numpy()
-    jacobian = space.log_abs_det_jacobian(torch.as_tensor(both)).numpy()
-    for row in (0, 50):
-        expected = stats.multivariate_normal.logpdf(z[row], location[row], forecast.covariance) + jacobian[row]
-        assert forecast.log_density(table, both)[row] == pytest.approx(expected, rel=1e-9)
-    draws = forecast.sample(table.iloc[:1], 40_000, np.random.default_rng(0))[0]
-    drawn = np.cov(space.to_model(torch.as_tensor(draws)).numpy().T)
-    np.testing.assert_allclose(drawn, forecast.covariance, rtol=0.05, atol=0.02)  # 1/√40,000 is 0.5%
-
-
-def test_linear_forecast_of_more_columns_than_rows_keeps_its_noise():
-    # One direction of 300 columns tells y; the noise of the target has a variance of 1.
-    rng = np.random.default_rng(0)
-    factor = rng.normal(size=500)
-    x = factor[:, None] + 0.1 * rng.normal(size=(500, 300))
-    y = 2 * factor[:, None] + rng.normal(size=(500, 1))
-    regressor = EnergyRegressor(n_members=1, epochs=1, width=8, random_state=0).fit(x[:60], y[:60, 0])
-    forecast = LinearForecast(regressor, x[:100], y[:100])
-    nll = -forecast.log_density(x[100:], y[100:]).mean()
-    assert nll == pytest.approx(0.5 * math.log(2 * math.pi * math.e), abs=0.3)
-
-
-def test_linear_probabilities_of_counts_sum_to_one(fitted):
-    table, y = rows(200, seed=4)
-    forecast = LinearForecast(fitted["count"], table, targets("count", y)[:, None])
-    values = np.arange(0.0, 60.0)
-    assert np.exp(forecast.log_density(table.iloc[[5] * 60], values[:, None])).sum() == pytest.approx(1, abs=1e-9)
-
-
-def test_normal_mass_is_exact_in_both_tails():
-    low, high = np.array([-40.0, -1.0, 0.5, 39.0]), np.array([-39.0, 1.0, 0.6, 40.0])
-    expected = [
-        stats.norm.logcdf(-39), math.log(stats.norm.cdf(1) - stats.norm.cdf(-1)),
-        math.log(stats.norm.cdf(0.6) - stats.norm.cdf(0.5)), stats.norm.logcdf(-39),
-    ]  # fmt: skip
-    np.testing.assert_allclose(evaluation._log_normal_mass(low, high), expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_row_is_predicted_from_itself(fitted, kind):
-    table, y = rows(60, seed=5)
-    y = targets(kind, y).reshape(60, -1)
-    scores, forecasts = evaluation.evaluate_linear(fitted[kind], table, y, seed=0)
-    assert sorted(np.concatenate([held for held, _ in forecasts])) == list(range(60))
-    changed = y.copy()
-    changed[7] = y[8]
-    again, _ = evaluation.evaluate_linear(fitted[kind], table, changed, seed=0)
-    np.testing.assert_allclose(again.width[7], scores.width[7])  # its own target moved nothing of its forecast
-    assert not np.allclose(again.width, scores.width)
-    assert np.isfinite(scores.nll).all() and scores.crps.shape == y.shape
-
-
-def test_linear_forecast_is_calibrated_where_the_truth_is_linear(fitted):
-    table, y = rows(1_000, seed=6)
-    scores, _ = evaluation.evaluate_linear(fitted["real"], table, y[:, None])
-    # The largest distance of 1,000 uniform values from their level stays below 1.63/√1,000 in 99 of 100 samples.
-    assert stats.kstest(scores.pit[:, 0], "uniform").statistic < 1.63 / math.sqrt(1_000)
-    assert scores.inside[:, LEVELS.index(0.9)].mean() == pytest.approx(0.9, abs=3 * math.sqrt(0.09 / 1_000))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_of_the_model_are_those_of_the_estimator(fitted, kind):
-    table, y = rows(40, seed=7)
-    y = targets(kind, y).reshape(40, -1)
-    regressor = fitted[kind]
-    scores = evaluation.evaluate(regressor, [(table, y)]).model
-    np.testing.assert_allclose(scores.nll, -regressor.score_samples(table, y), rtol=1e-4, atol=1e-4)
-    ends = regressor.predict_interval(table, 0.9).reshape(40, -1, 2)
-    width = ends[..., 1] - ends[..., 0]
-    np.testing.assert_allclose(scores.width[:, LEVELS.index(0.9)], width, rtol=1e-3, atol=1e-3)
-    mean = regressor.predict(table).reshape(40, -1)
-    difference = scores.error - (mean - y)
-    if kind == "circle":
-        difference = (difference + 180) % 360 - 180
-    np.testing.assert_allclose(difference, 0, atol=1e-3)
-
-
-def test_energy_score_is_that_of_the_metrics(fitted):
-    table, y = rows(30, seed=8)
-    both = targets("two", y)
-    regressor = fitted["two"]
-    model, marginal, line = evaluation.evaluate_jointly(regressor, table, both, seed=1)
-    assert line is None and marginal.level is None
-    scoringrules = pytest.importorskip("scoringrules")
-    rng = np.random.default_rng(1)
-    draws = regressor.sample(table, evaluation.JOINT_SAMPLES, random_state=int(rng.integers(2**31)))
-    scale = MarginalForecast(regressor).points.std(0)
-    expected = scoringrules.es_ensemble(both / scale, draws / scale, m_axis=-2, v_axis=-1, estimator="fair")
-    np.testing.assert_allclose(model.energy_score, expected, rtol=1e-6)
-
-
-def test_joint_levels_of_targets_drawn_from_the_model_are_uniform(fitted):
-    table, _ = rows(60, seed=9)
-    drawn = fitted["two"].sample(table, 1, random_state=3)[:, 0]
-    model, _, _ = evaluation.evaluate_jointly(fitted["two"], table, drawn, seed=2)
-    assert stats.kstest(model.level, "uniform").pvalue > 0.001
-
-
-def test_angles_are_far_apart_by_the_circle_in_the_energy_score():
-    embedded = evaluation._embed(np.array([[1.0, 359.0], [1.0, 1.0]]), [0.0, 360.0], np.array([2.0, 1.0]))
-    assert embedded.shape == (2, 3)
-    assert np.linalg.norm(embedded[0] - embedded[1]) == pytest.approx(2 * math.sin(math.radians(1)))
-
-
-def test_marginals_of_a_chain_are_in_the_order_of_the_outputs():
-    chain = EnergyChain.for_table(1, Real(2), order=[1, 0], width=4)
-    for scale, part in zip((2.0, 3.0), chain.factors, strict=True):
-        part.base.fit(scale * torch.randn(200, 1, generator=torch.Generator().manual_seed(0)))
-    z = torch.tensor([[1.0, 10.0]])
-    second, first = (part.base for part in chain.factors)
-    expected = first.log_prob(z[:, :1]) + second.log_prob(z[:, 1:])
-    reference = evaluation._reference(chain)
-    assert torch.equal(reference.log_prob(z), expected)
-    assert not torch.equal(reference.log_prob(z.flip(-1)), expected)
 
 
 # ---------------------------------------------------------------------------------------------- parts of the page
@@ -319,7 +75,7 @@ def test_dates_are_grouped_by_quarters():
 
 
 @pytest.fixture(scope="module")
-def pages(fitted):
+def pages():
     table, y = rows(40, seed=10)
     made = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -330,7 +86,7 @@ def pages(fitted):
         for kind, names in PAGES.items():
             steps = []
             described = table_report.describe(
-                fitted[kind], table, targets(kind, y).reshape(40, -1), names, title="T", total=900,
+                fitted(kind), table, targets(kind, y).reshape(40, -1), names, title="T", total=900,
                 labels=[f"<{i}>" for i in range(40)], facts={"Model": "m"}, progress=steps.append,
             )  # fmt: skip
             assert sum(steps) == table_report.number_of_steps(table)
@@ -403,26 +159,26 @@ def test_bootstrap_interval_is_that_of_the_mean():
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.03)
 
 
-def test_an_infinite_score_is_said(fitted):
+def test_an_infinite_score_is_said():
     table, y = rows(60, seed=11)
     y = targets("positive", y)[:, None]
     y[5] = -1.0
-    scores = evaluation.evaluate(fitted["positive"], [(table, y)])
+    scores = evaluation.evaluate(fitted("positive"), [(table, y)])
     some = table_report._Rows(
-        fitted["positive"], table, y, [str(i) for i in range(60)], ["y"], scores, None, {}, {}, 60, 0
+        fitted("positive"), table, y, [str(i) for i in range(60)], ["y"], scores, None, {}, {}, 60, 0
     )  # fmt: skip
     assert "zero at the observed values of 1 of 60 rows" in table_report._summary(some)[0]
     assert table_report._scores(some).tables[0].rows[0][1] == "infinite"
 
 
-def test_few_rows_have_no_linear_baseline(fitted, monkeypatch):
+def test_few_rows_have_no_linear_baseline(monkeypatch):
     for name in ("SPREAD", "SURPRISING", "SEVERAL"):
         monkeypatch.setattr(table_report, name, 1)
     table, y = rows(5, seed=12)
-    page = table_report.describe(fitted["real"], table, y[:, None], ["y"], title="T")
+    page = table_report.describe(fitted("real"), table, y[:, None], ["y"], title="T")
     assert list(page.sections[1].tables[0].headings) == ["Score", "Model", "Marginal", "Model − marginal"]
     with pytest.raises(ValueError, match="5 rows; expected at least 8"):
-        evaluation.evaluate_linear(fitted["real"], table, y[:, None])
+        evaluation.evaluate_linear(fitted("real"), table, y[:, None])
 
 
 # ---------------------------------------------------------------------------------------------- colours
@@ -512,5 +268,5 @@ def test_a_page_without_controls_has_no_script():
     assert "<script" not in html
 
 
-def test_spaces_of_the_circle_are_known(fitted):
-    assert isinstance(fitted["circle"].model_.space, spaces.Circle)
+def test_spaces_of_the_circle_are_known():
+    assert isinstance(fitted("circle").model_.space, spaces.Circle)

@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from energyreg import plots
-from energyreg.evaluation.forecasts import (
+from energyreg.evaluation import (
     LEVELS,
-    QUANTILES,
     Evaluation,
     JointScores,
     RowScores,
@@ -25,6 +24,7 @@ from energyreg.evaluation.forecasts import (
     evaluate_linear,
     permutation_importance,
 )
+from energyreg.evaluation.scores import QUANTILES
 from energyreg.images.files import thumbnail
 from energyreg.inference.modes import Modes
 from energyreg.reports.page import Drawing, Gallery, GalleryItem, Section, SectionedReport, Table

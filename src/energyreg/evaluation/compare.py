@@ -1,0 +1,200 @@
+"""Scores of a fitted estimator on rows that it has not seen, beside those of simple forecasts, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from energyreg.evaluation.forecasts import LinearForecast, MarginalForecast, periods_of, rounding_ends
+from energyreg.evaluation.scores import (
+    ALL_LEVELS,
+    LEVELS,
+    MIDPOINTS,
+    QUANTILES,
+    TAILS,
+    Array,
+    Evaluation,
+    RowScores,
+    score_quantiles,
+)
+
+if TYPE_CHECKING:
+    from energyreg.estimators.table import EnergyRegressor
+
+__all__ = ["evaluate", "evaluate_linear", "permutation_importance"]
+
+BLOCK_ROWS = 512
+"""Rows that are scored at once: few enough that a predictive distribution keeps what it has computed."""
+
+
+def evaluate(
+    regressor: EnergyRegressor,
+    chunks: Iterable[tuple[Any, Array]],
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Evaluation:
+    """Score an estimator on rows that come in chunks.
+
+    Args:
+        regressor: The estimator, fitted.
+        chunks: Pairs of a table X and its targets, shape (B, D).
+        seed: Seed of the noise by which rounded targets get a uniform PIT.
+        progress: Called with the rows of each chunk when it is done.
+
+    Returns:
+        Scores by row.
+
+    Raises:
+        ValueError: If a chunk does not fit the estimator.
+    """
+    marginal = MarginalForecast(regressor)
+    rng = np.random.default_rng(seed)
+    parts: list[tuple[RowScores, RowScores]] = []
+    for table, targets in chunks:
+        parts.append(_score(regressor, marginal, table, np.array(targets, dtype=np.float64), rng))
+        progress(len(targets))
+    return Evaluation(RowScores.join([model for model, _ in parts]), RowScores.join([other for _, other in parts]))
+
+
+def _score(
+    regressor: EnergyRegressor, marginal: MarginalForecast, table: Any, y: Array, rng: np.random.Generator
+) -> tuple[RowScores, RowScores]:
+    """Scores of a chunk of rows: of the model, by blocks, and of the constant forecast."""
+    rows, outputs = y.shape
+    within, periods = _within_rounding(regressor, y, rng), periods_of(regressor)
+    own = []
+    for start in range(0, rows, BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        part = table.iloc[block] if hasattr(table, "iloc") else table[block]
+        own.append(_score_model(regressor, part, y[block], within[block], periods))
+    constant = np.broadcast_to(marginal.quantiles(ALL_LEVELS), (rows, len(ALL_LEVELS), outputs))
+    other = score_quantiles(
+        y, constant, nll=-marginal.log_density(y), mean=np.broadcast_to(marginal.mean, y.shape),
+        pit=marginal.pit(within), periods=periods,
+    )  # fmt: skip
+    return RowScores.join(own), other
+
+
+def _within_rounding(regressor: EnergyRegressor, y: Array, rng: np.random.Generator) -> Array:
+    """The targets, each drawn from the values that round to it where the estimator takes them as rounded."""
+    return y if regressor.lattice_step_ is None else rng.uniform(*rounding_ends(regressor, y))
+
+
+def _score_model(
+    regressor: EnergyRegressor, table: Any, y: Array, within: Array, periods: Sequence[float]
+) -> RowScores:
+    """Scores of one block of rows, from one predictive distribution, which keeps its points for the next question."""
+    rows, outputs = y.shape
+    p = regressor.predict_distribution(table)
+    counts = regressor.target == "count"
+
+    def whole(values: Array) -> Array:  # as `EnergyRegressor.predict_quantiles` has it
+        return np.maximum(np.floor(values + 0.5), 0.0) if counts else values
+
+    if outputs == 1:
+        quantiles = _numbers(p.quantile(torch.tensor(ALL_LEVELS, dtype=torch.double))).T[..., None]
+        pit = _numbers(p.cdf(torch.as_tensor(within)))[:, None]
+    else:
+        quantiles = np.moveaxis(_numbers(p.central_quantiles(list(ALL_LEVELS))), 0, 1)
+        pit = np.stack(
+            [[np.interp(v, q, MIDPOINTS) for v, q in zip(y[:, d], quantiles[:, :QUANTILES, d], strict=True)]
+             for d in range(outputs)], 1,
+        )  # fmt: skip
+    intervals = None
+    if hasattr(regressor, "conformal_intervals_"):
+        found = [regressor.predict_interval(table, level).reshape(rows, outputs, 2) for level in LEVELS]
+        low, high = np.moveaxis(np.stack(found, 1), -1, 0)
+        intervals = low, high
+    elif any(periods) and outputs == 1:  # the quantiles count from where the circle is cut, intervals from the mean
+        central = whole(np.moveaxis(_numbers(p.central_quantiles(sorted(TAILS))), 0, 1))  # rising: arcs begin at the first
+        wanted = np.argsort(np.argsort(TAILS))
+        intervals = central[:, wanted[: len(LEVELS)]], central[:, wanted[len(LEVELS) :]]
+    mean = _numbers(p.mean).reshape(rows, outputs)
+    return score_quantiles(
+        y, whole(quantiles), nll=-regressor._log_density(p, y), mean=np.maximum(mean, 0.0) if counts else mean,
+        pit=pit.clip(0, 1), periods=periods, intervals=intervals,
+    )  # fmt: skip
+
+
+def _numbers(values: torch.Tensor) -> Array:
+    return values.double().cpu().numpy()
+
+
+def evaluate_linear(
+    regressor: EnergyRegressor, table: Any, y: Array, *, folds: int = 5, seed: int = 0
+) -> tuple[RowScores, list[tuple[NDArray[np.int64], LinearForecast]]]:
+    """Scores of :class:`LinearForecast`, each row predicted by one that was fitted to the other folds of the table.
+
+    A model file keeps no training rows, so the rows at hand are split, at random, into folds.
+
+    Args:
+        regressor: The estimator, fitted.
+        table: pandas frame of B rows.
+        y: Their targets, shape (B, D).
+        folds: How many parts, at most B // 2.
+        seed: Seed of the split.
+
+    Returns:
+        Scores by row, and for each fold its rows and the forecast that predicts them.
+
+    Raises:
+        ValueError: If there are fewer than 8 rows.
+    """
+    if len(y) < 8:
+        raise ValueError(f"table has {len(y)} rows; expected at least 8 to fit a line to some and score the others.")
+    periods = periods_of(regressor)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(y))
+    within = _within_rounding(regressor, y, rng)
+    parts, forecasts = [], []
+    for held in np.array_split(order, min(folds, len(y) // 2)):
+        kept = np.setdiff1d(order, held)
+        forecast = LinearForecast(regressor, table.iloc[kept], y[kept])
+        forecasts.append((held, forecast))
+        rows = table.iloc[held]
+        quantiles = forecast.quantiles(rows, ALL_LEVELS)
+        if regressor.target == "count":
+            quantiles = np.maximum(np.floor(quantiles + 0.5), 0.0)
+        parts.append(
+            score_quantiles(
+                y[held], quantiles, nll=-forecast.log_density(rows, y[held]), mean=quantiles[:, :QUANTILES].mean(1),
+                pit=forecast.pit(rows, within[held]), periods=periods,
+            )
+        )  # fmt: skip
+    return RowScores.join(parts).select(np.argsort(order)), forecasts
+
+
+def permutation_importance(
+    regressor: EnergyRegressor, table: Any, y: Array, *, seed: int = 0, progress: Callable[[int], None] = lambda n: None
+) -> dict[str, tuple[float, float]]:
+    """How much log-density the model loses where one column is shuffled, which cuts its tie to y.
+
+    Args:
+        regressor: The estimator, fitted on a table with column names.
+        table: pandas frame of B rows.
+        y: Their targets, shape (B, D).
+        seed: Seed of the shuffling.
+        progress: Called with 1 after each column.
+
+    Returns:
+        Column → mean loss in nats and its standard error over the rows, the largest first. Columns that tell the same
+        share their importance, and may all seem unimportant.
+    """
+    before = regressor.score_samples(table, y)
+    rng = np.random.default_rng(seed)
+    result = {}
+    for name in table.columns:
+        order = rng.permutation(len(table))
+        shuffled = table.assign(**{name: table[name].to_numpy()[order]})
+        shuffled[name] = shuffled[name].astype(table[name].dtype)
+        loss = before - regressor.score_samples(shuffled, y)
+        loss = loss[np.isfinite(loss)]
+        result[str(name)] = float(loss.mean()), float(loss.std() / math.sqrt(max(len(loss), 1)))
+        progress(1)
+    return dict(sorted(result.items(), key=lambda item: -item[1][0]))
