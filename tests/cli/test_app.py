@@ -20,9 +20,9 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402
 
 import energyreg as er  # noqa: E402
+from energyreg import evaluation  # noqa: E402
 from energyreg.cli.app import app  # noqa: E402
 from energyreg.estimators.table import EnergyRegressor  # noqa: E402
-from energyreg.evaluation import forecasts as evaluation  # noqa: E402
 from energyreg.tables import files as tablefiles  # noqa: E402
 
 TINY = ["--epochs", "1", "--members", "1", "--threads", "1"]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner  # noqa: E402
 import energyreg as er  # noqa: E402
 from energyreg.cli.app import app  # noqa: E402
 from energyreg.estimators.image import load_estimator  # noqa: E402
-from energyreg.evaluation import forecasts as evaluation  # noqa: E402
+from energyreg.evaluation import compare  # noqa: E402
 from energyreg.models import checkpoint  # noqa: E402
 from energyreg.reports import page as report  # noqa: E402
 from energyreg.reports import table_report  # noqa: E402
@@ -109,7 +109,7 @@ def test_either_kind_of_estimator_is_opened(model, tmp_path):
 
 @pytest.mark.parametrize("rows", [512, 16])
 def test_predictions_are_the_estimators_in_bounded_memory(model, data, frame, tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(evaluation, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(compare, "BLOCK_ROWS", rows)
     seen = []
     extract = er.ImageRegressor._extract
     monkeypatch.setattr(
@@ -228,7 +228,7 @@ def test_fit_names_file_and_row(folder, data, tmp_path, case):
 @pytest.mark.parametrize("case", ["broken", "missing", "no path"])
 @pytest.mark.parametrize("command", ["predict", "evaluate", "sample", "report"])
 def test_predictions_name_file_and_row(folder, model, data, tmp_path, monkeypatch, command, case):
-    monkeypatch.setattr(evaluation, "BLOCK_ROWS", 16)  # so that the row is in the second chunk
+    monkeypatch.setattr(compare, "BLOCK_ROWS", 16)  # so that the row is in the second chunk
     change, message = CASES[case]
     table = broken(folder, data, tmp_path, change)
     output = {"evaluate": [], "report": ["-o", tmp_path / "r.html"]}.get(command, ["-o", tmp_path / "out.csv"])

@@ -30,7 +30,7 @@ def evaluate(
     from energyreg.tables import files as tablefiles
 
     fitted = load(model, threads, data)
-    from energyreg.evaluation import forecasts as evaluation
+    from energyreg import evaluation
 
     names = fitted.targets(target)
     total = tablefiles.count_rows(data)

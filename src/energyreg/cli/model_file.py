@@ -101,7 +101,7 @@ class FittedOnImages(Fitted):
     @property
     def chunk_rows(self) -> int:
         """Rows of a table that are predicted at once."""
-        from energyreg.evaluation.forecasts import BLOCK_ROWS
+        from energyreg.evaluation.compare import BLOCK_ROWS
 
         return BLOCK_ROWS  # an image takes a hundred times as long as a row of numbers, and a block is scored at once
 

@@ -112,7 +112,9 @@ def _score_model(
         low, high = np.moveaxis(np.stack(found, 1), -1, 0)
         intervals = low, high
     elif any(periods) and outputs == 1:  # the quantiles count from where the circle is cut, intervals from the mean
-        central = whole(np.moveaxis(_numbers(p.central_quantiles(sorted(TAILS))), 0, 1))  # rising: arcs begin at the first
+        central = whole(
+            np.moveaxis(_numbers(p.central_quantiles(sorted(TAILS))), 0, 1)
+        )  # rising: arcs begin at the first
         wanted = np.argsort(np.argsort(TAILS))
         intervals = central[:, wanted[: len(LEVELS)]], central[:, wanted[len(LEVELS) :]]
     mean = _numbers(p.mean).reshape(rows, outputs)
