@@ -102,7 +102,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from energyreg import datasets, plots, vision
+    from energyreg import datasets, plots, tables, vision
     from energyreg.densities import bases, noise, spaces
     from energyreg.estimators.image import ImageRegressor
     from energyreg.estimators.table import EnergyRegressor
@@ -123,7 +123,6 @@ if TYPE_CHECKING:
     from energyreg.networks.image_encoders import ImageEncoder
     from energyreg.objectives import losses
     from energyreg.reports import page as report
-    from energyreg.tables import preprocessing as tables
     from energyreg.training.chains import fit_chain
     from energyreg.training.ensembles import fit_ensemble
     from energyreg.training.failures import TrainingError

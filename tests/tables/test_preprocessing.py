@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -14,8 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from energyreg.errors import DataError
 from energyreg.networks.encoders import MixedTableEncoder
+from energyreg.tables.files import error_about
 from energyreg.tables.preprocessing import TablePreprocessor
+from energyreg.tables.targets import read_targets
 
 
 def frame(rows: int = 20) -> pd.DataFrame:
@@ -152,6 +156,24 @@ FINE = pd.DataFrame({"a": np.arange(8.0), "b": list("xyxyxyxy")})
 def test_bad_tables_are_refused_in_words(table, error, message):
     with pytest.raises(error, match=message):
         TablePreprocessor().fit(FINE).transform(table)
+
+
+@pytest.mark.parametrize("again", [lambda error: error, lambda error: pickle.loads(pickle.dumps(error))])
+def test_errors_say_where_they_are(again, tmp_path):
+    frame = FINE.assign(**{"{a}": np.where(np.arange(8) == 5, np.inf, 1.0)})
+    with pytest.raises(DataError) as caught:
+        TablePreprocessor().fit(frame)
+    error = again(caught.value)
+    assert (error.name, error.row, error.column, error.path) == ("X", 5, "{a}", None)
+    found = again(error_about(error, tmp_path / "{t}.csv", ["y"], offset=100))
+    assert (found.path, found.row, found.column) == (tmp_path / "{t}.csv", 106, "{a}")
+    assert str(found).startswith(
+        f"{tmp_path}/{{t}}.csv: the table has an infinite value (inf) in column '{{a}}', row 106"
+    )
+    with pytest.raises(DataError) as caught:
+        read_targets([[1, 2], [3, np.nan]], "y", 2)
+    found = error_about(again(caught.value), tmp_path / "t.csv", ["price", "rent"])
+    assert (found.row, found.column) == (2, "rent") and "the target has NaN" in str(found)
 
 
 def test_objects_of_python_are_read():

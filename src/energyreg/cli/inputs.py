@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from energyreg.cli.console import InputError
+from energyreg.errors import Located
 
 if TYPE_CHECKING:
     import numpy as np
     from pandas import DataFrame
 
 __all__ = ["about", "about_images", "image_files", "present", "target_columns"]
-
-ADVICE = re.compile(r",? or pass \w+=\S+$")
-"""What only those who call Python can do about an image."""
 
 
 def present(frame: DataFrame, names: Sequence[str], path: Path, why: str) -> list[str]:
@@ -95,12 +92,11 @@ def about_images(
         try:
             yield
         except ImageFileError as error:
-            rows = [row for row, file in zip(numbers, files[column], strict=True) if str(error).startswith(f"{file} ")]
-            text = str(error).replace('on_error="skip"', "--on-error skip") if fitting else ADVICE.sub(".", str(error))
+            rows = [number for number, file in zip(numbers, files[column], strict=True) if str(file) == error.path]
+            text = error.reworded(advice=", or pass --on-error skip" if fitting else "")
             raise InputError(f"{path}: {f'row {rows[0]}: ' if rows else ''}{text}") from error
-        except (FileNotFoundError, ValueError) as error:
-            found = re.match(r"files(:| has) (.*)", str(error), re.DOTALL)
-            if found is None:
+        except Located as error:
+            if error.name != "files":
                 raise
-            text = re.sub(r"\brow (\d+)", lambda m: f"row {numbers[int(m[1])]}", ADVICE.sub(".", found[2]))
-            raise InputError(f"{path}: column {column!r}{found[1]} {text}") from error
+            rows = [numbers[row] for row in error.rows]
+            raise InputError(f"{path}: {error.reworded(name=f'column {column!r}', rows=rows, advice='')}") from error

@@ -39,6 +39,7 @@ from energyreg.densities.precision import (
     float32_inside,
     to_exact,
 )
+from energyreg.errors import DataError
 
 __all__ = ["Circle", "Interval", "Positive", "Product", "Real", "TargetSpace"]
 
@@ -173,18 +174,20 @@ class TargetSpace(ExactModule, ABC):
         bad = ~rows.isfinite()
         if bad.any():
             count, row, column = _first(bad)
-            raise ValueError(
-                f"{name} has NaN or infinite values in {count}, the first in row {row}, column {column}: "
-                f"{rows[row, column].item()}; expected finite numbers; drop these rows or fill in their values."
-            )
+            raise DataError(
+                "{name} has NaN or infinite values in {count}, the first in row {row}, column {column!r}: {value}; "
+                "expected finite numbers; drop these rows or fill in their values.",
+                name=name, count=count, rows=[row], column=column, value=rows[row, column].item(),
+            )  # fmt: skip
         bad = ~self._inside(rows)
         if bad.any():
             count, row, column = _first(bad)
-            raise ValueError(
-                f"{name} has values outside {self!r} in {count}, the first in row {row}, column {column}: "
-                f"{rows[row, column].item():.9g}; expected {self._expected(column)}; drop these rows, or choose a "
-                f"space that contains them."
-            )
+            raise DataError(
+                "{name} has values outside {space!r} in {count}, the first in row {row}, column {column!r}: "
+                "{value:.9g}; expected {expected}; drop these rows, or choose a space that contains them.",
+                name=name, space=self, count=count, rows=[row], column=column, value=rows[row, column].item(),
+                expected=self._expected(column),
+            )  # fmt: skip
 
     def _exact(self, y: Tensor, name: str) -> Tensor:
         if not isinstance(y, Tensor) or y.is_complex():

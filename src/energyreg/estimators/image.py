@@ -21,7 +21,8 @@ from energyreg.networks.encoders import VectorEncoder
 from energyreg.networks.image_encoders import ImageEncoder
 from energyreg.randomness import caller_random_state, seed_global
 from energyreg.tables import files as tablefiles
-from energyreg.tables.preprocessing import column_names, read_targets
+from energyreg.tables.columns import column_names
+from energyreg.tables.targets import read_targets
 from energyreg.training.fitting import fit
 from energyreg.training.history import History
 
@@ -256,7 +257,7 @@ class ImageRegressor(EnergyRegressor):
         there = tablefiles.columns_of(path)
         for name in wanted:
             if name not in there:
-                raise tablefiles.TableFileError(f"{path}: there is no column {name!r}; the columns are {there}.")
+                raise tablefiles.TableFileError(path, f"there is no column {name!r}; the columns are {there}.")
         frame = pandas.concat(tablefiles.read_chunks(path, columns=wanted), ignore_index=True)
         if self.folder is None:
             frame[self.image] = [str(Path(path).parent / str(name)) for name in frame[self.image]]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from energyreg.densities.bases import Marginal, ProposalBase
 from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
+from energyreg.errors import DataError
 from energyreg.inference.integrators import ImportanceSampling
 from energyreg.models import checkpoint
 from energyreg.models.calibration import Calibration, ConformalIntervals, ConformalRegions
@@ -30,8 +31,10 @@ from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.models.predictive import HighestDensityRegion, PredictiveDistribution
 from energyreg.tables.blocks import FileTable, MemoryTable, Scratch, Source, encode, rows_to_learn_from
+from energyreg.tables.columns import column_names, read_columns
 from energyreg.tables.files import TableFileError, error_about
-from energyreg.tables.preprocessing import TablePreprocessor, column_names, read_columns, read_targets
+from energyreg.tables.preprocessing import TablePreprocessor
+from energyreg.tables.targets import read_targets
 from energyreg.training.chains import fit_chain
 from energyreg.training.data import default_batch_size
 from energyreg.training.ensembles import fit_ensemble
@@ -349,7 +352,9 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         """Learn from a table in memory or in a file."""
         self._rows = source.rows
         if source.rows < 2:
-            raise ValueError("X has n_samples = 1 row; expected at least 2 to learn from, and better 100. Pass more.")
+            raise DataError(
+                "{name} has n_samples = 1 row; expected at least 2 to learn from, and better 100. Pass more.", name="X"
+            )
         self._set_features(source.given, source.names, source.width)
         self.n_outputs_ = targets.shape[1]
         space = self._space(targets)
@@ -465,18 +470,20 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
                 bad = (values < 0) | (values != np.floor(values))
                 if kind == "count" and bad.any():
                     row = int(bad.argmax())
-                    raise ValueError(
-                        f"{name} has {values[row]:.9g} in row {row}, column {column}, and {int(bad.sum()) - 1} more "
-                        "values that are no counts; expected whole numbers ≥ 0. Choose another target, or drop rows."
-                    )
+                    raise DataError(
+                        "{name} has {value:.9g} in row {row}, column {column!r}, and {others} more values that are no "
+                        "counts; expected whole numbers ≥ 0. Choose another target, or drop rows.",
+                        name=name, value=values[row], rows=[row], column=column, others=int(bad.sum()) - 1,
+                    )  # fmt: skip
         space.check(torch.as_tensor(targets), name)
         if name == "y":
             constant = np.flatnonzero((targets == targets[0]).all(0))
             if len(constant):
-                raise ValueError(
-                    f"y has the same value in every row of column {constant[0]}: {targets[0, constant[0]]:.9g}; "
-                    "expected targets that vary. Check how it was made, or drop the column."
-                )
+                raise DataError(
+                    "{name} has the same value in every row of column {column!r}: {value:.9g}; expected targets that "
+                    "vary. Check how it was made, or drop the column.",
+                    name="y", column=constant[0], value=targets[0, constant[0]],
+                )  # fmt: skip
 
     def _targets_of(self, count: int) -> list[Any]:
         """The kind of each output; None where a target space says it."""
@@ -968,10 +975,11 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             self._refuse_count(count, name)
 
     def _refuse_count(self, count: int, name: str) -> None:
-        raise ValueError(
-            f"{name} has {count} features, but {type(self).__name__} is expecting {self.n_features_in_} features as "
-            "input. Pass the columns that were passed to fit."
-        )
+        raise DataError(
+            "{name} has {count} features, but {estimator} is expecting {expected} features as input. Pass the columns "
+            "that were passed to fit.",
+            name=name, count=count, estimator=type(self).__name__, expected=self.n_features_in_,
+        )  # fmt: skip
 
     def _inputs(self, X: Any) -> np.ndarray:
         from sklearn.utils.validation import check_is_fitted

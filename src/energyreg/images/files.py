@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from energyreg.errors import DataError, MissingFileError
 from energyreg.files import CheckpointError, digest, read_tensors, write_tensors, writing_error
 from energyreg.progress import Progress
-from energyreg.tables.preprocessing import read_targets
+from energyreg.tables.targets import read_targets
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,7 +62,7 @@ SECONDS_TO_DIE = 1.0
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class ImageFileError(ValueError):
+class ImageFileError(DataError):
     """A file that cannot be read as an image; the message names it and says why."""
 
 
@@ -150,9 +151,10 @@ def _decode(path: str | os.PathLike[str], size: int) -> Image:
             raise
         reason = str(error).strip().splitlines()
         raise ImageFileError(
-            f"{os.fspath(path)} cannot be read as an image: {reason[0].rstrip('.') if reason else repr(error)}. "
-            'Replace or remove it, or pass on_error="skip".'
-        ) from error
+            "{path} cannot be read as an image: {reason}. Replace or remove it{advice}.",
+            path=os.fspath(path), reason=reason[0].rstrip(".") if reason else repr(error),
+            advice=', or pass on_error="skip"',
+        ) from error  # fmt: skip
 
 
 def as_rgb(image: Image) -> Image:
@@ -217,7 +219,8 @@ def image_paths(files: Any, folder: str | os.PathLike[str] | None = None, name: 
         if not isinstance(entry, (str, os.PathLike)) or not os.fspath(entry):
             missing = entry is None or entry != entry or entry == "" or type(entry).__name__ in ("NAType", "NaTType")
             found = "no path" if missing else f"a {type(entry).__name__}: {entry!r}"
-            raise ValueError(f"{name} has {found} in row {row}; expected paths of images. Drop the row, or fill it in.")
+            text = "{name} has {found} in row {row}; expected paths of images. Drop the row, or fill it in."
+            raise DataError(text, name=name, found=found, rows=[row])
         paths.append(base / entry)
     absent = [row for row, path in enumerate(paths) if not path.is_file()]
     if absent:
@@ -225,7 +228,8 @@ def image_paths(files: Any, folder: str | os.PathLike[str] | None = None, name: 
         what = "is a folder" if first.is_dir() else "does not exist"
         more = f", and {len(absent) - 1} more of {len(paths)} files are missing" if len(absent) > 1 else ""
         hint = f" Paths start at {str(base)!r}: is folder right?" if folder is not None else ""
-        raise FileNotFoundError(f"{name}: {first} (row {absent[0]}) {what}{more}.{hint}")
+        text = "{name}: {path} (row {row}) {what}{others}.{hint}"
+        raise MissingFileError(text, name=name, path=first, rows=absent[:1], what=what, others=more, hint=hint)
     return paths
 
 
@@ -352,10 +356,11 @@ def _refuse_duplicates(paths: Sequence[Path]) -> None:
     for row, path in enumerate(paths):
         earlier = first.setdefault(os.path.realpath(path), row)
         if earlier != row:
-            raise ValueError(
-                f"files has {path} in row {earlier} and in row {row}; expected each file once. Drop one of the rows, "
-                'or pass duplicates="allow".'
-            )
+            raise DataError(
+                "{name} has {path} in row {rows[0]} and in row {rows[1]}; expected each file once. Drop one of the "
+                "rows{advice}.",
+                name="files", path=path, rows=[earlier, row], advice=', or pass duplicates="allow"',
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -370,16 +375,18 @@ class _Guarded(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[int, Any, str | None]:
+    def __getitem__(self, index: int) -> tuple[int, Any, ImageFileError | None]:
         try:
             return index, self.files[index], None
         except ImageFileError as error:
-            return index, None, str(error)
+            return index, None, error
 
-    def join(self, rows: Sequence[tuple[int, Any, str | None]]) -> tuple[list[int], Any, list[tuple[int, str]]]:
-        """Numbers of the rows that could be read, a batch of them, and the rows that could not, with the reason."""
-        broken = [(index, message) for index, _, message in rows if message is not None]
-        read = [(index, item) for index, item, message in rows if message is None]
+    def join(
+        self, rows: Sequence[tuple[int, Any, ImageFileError | None]]
+    ) -> tuple[list[int], Any, list[tuple[int, ImageFileError]]]:
+        """Numbers of the rows that could be read, a batch of them, and the rows that could not, with the errors."""
+        broken = [(index, error) for index, _, error in rows if error is not None]
+        read = [(index, item) for index, item, error in rows if error is None]
         numbers = [index for index, _ in read]
         if not read:
             return numbers, None, broken
@@ -429,10 +436,10 @@ class ImageLoader(DataLoader[Any]):
                     f"A process that reads images died ({sign}), mostly as memory ran out. Lower workers (now "
                     f"{self.num_workers}; 0 reads in this process) or batch_size (now {self.batch_size})."
                 ) from error
-            for index, message in broken:
+            for index, unread in broken:
                 if files.on_error == "raise":
-                    raise ImageFileError(message)
-                files.failed[str(files.paths[index])] = message
+                    raise unread
+                files.failed[str(files.paths[index])] = str(unread)
             count += 1
             if count == len(self):  # who counts batches never asks for one more
                 files.tell()

@@ -19,8 +19,9 @@ import numpy as np
 
 from energyreg.files import reserve, writing_error
 from energyreg.tables import files as tablefiles
+from energyreg.tables.columns import Column, column_names, read_columns
 from energyreg.tables.files import TableFileError
-from energyreg.tables.preprocessing import Column, TablePreprocessor, column_names, read_columns
+from energyreg.tables.preprocessing import TablePreprocessor
 
 if TYPE_CHECKING:
     from pandas import Series
@@ -174,15 +175,15 @@ class FileTable:
         for name in [*wanted, *drop]:
             if name not in there:
                 shown = ", ".join(map(repr, there[:8])) + (", ..." if len(there) > 8 else "")
-                raise TableFileError(f"{self.path}: there is no column {name!r}; the columns are {shown}.")
+                raise TableFileError(self.path, f"there is no column {name!r}; the columns are {shown}.")
         if len(set(wanted)) < len(wanted):
-            raise TableFileError(f"{self.path}: target and sample_weight name a column twice: {', '.join(wanted)}.")
+            raise TableFileError(self.path, f"target and sample_weight name a column twice: {', '.join(wanted)}.")
         self.features = [name for name in there if name not in {*wanted, *drop}]
         self.names: list[str] | None = self.features
         self.given: list[Any] | None = list(self.features)
         self.width = len(self.features)
         if not self.features:
-            raise TableFileError(f"{self.path}: no column is left to predict from; pass a table with more columns.")
+            raise TableFileError(self.path, "no column is left to predict from; pass a table with more columns.")
         self.kinds: dict[str, str] = {}
         typed = tablefiles.is_typed(path)
         found: dict[str, set[str]] = {name: set() for name in self.features}
@@ -214,7 +215,7 @@ class FileTable:
                 raise tablefiles.error_about(error, self.path, (), start) from error
             start += len(frame)
         if start != self.rows:
-            raise TableFileError(f"{self.path}: the file has changed while it was read; leave it as it is during fit.")
+            raise TableFileError(self.path, "the file has changed while it was read; leave it as it is during fit.")
 
     def take(self, rows: np.ndarray) -> list[Column]:
         return _take(self, rows)
@@ -233,8 +234,11 @@ def _numbers(series: Series, path: Path, what: str, offset: int) -> np.ndarray:
         row = int(bad.argmax())
         found = tablefiles.describe_value(series.iloc[row])
         raise TableFileError(
-            f"{path}: the {what} column {str(series.name)!r} has {found} in row {offset + row + 1}; expected finite "
-            f"numbers{' ≥ 0' if what == 'weight' else ''}. Fill in or drop such rows."
+            path,
+            f"the {what} column {str(series.name)!r} has {found} in row {offset + row + 1}; expected finite "
+            f"numbers{' ≥ 0' if what == 'weight' else ''}. Fill in or drop such rows.",
+            row=offset + row + 1,
+            column=str(series.name),
         )
     return values
 

@@ -17,10 +17,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from energyreg.errors import Located
 from energyreg.files import writing_error
 
 if TYPE_CHECKING:
@@ -55,7 +57,28 @@ BUFFER_BYTES = 2**16
 
 
 class TableFileError(ValueError):
-    """A file that is no table, or none that fits; the message names the file, the column and the row."""
+    """A file that is no table, or none that fits.
+
+    Args:
+        path: The file, with which the message begins.
+        reason: What is wrong, and what to do.
+        row: The row that it is about, counted from 1.
+        column: The column that it is about.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        reason: str,
+        *,
+        row: int | None = None,
+        column: str | None = None,
+    ) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason, self.row, self.column = Path(path), reason, row, column
+
+    def __reduce__(self) -> Any:
+        return partial(TableFileError, self.path, self.reason, row=self.row, column=self.column), ()
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -103,7 +126,7 @@ def read_chunks(
         some = True
         yield frame
     if not some:
-        raise TableFileError(f"{path}: the table has a header, but no rows.")
+        raise TableFileError(path, "the table has a header, but no rows.")
 
 
 def check_readable(path: str | os.PathLike[str]) -> str:
@@ -116,11 +139,11 @@ def check_readable(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     kind = _format(path, "read")
     if path.is_dir():
-        raise TableFileError(f"{path}: is a folder; expected a file.")
+        raise TableFileError(path, "is a folder; expected a file.")
     if not path.exists():
         raise FileNotFoundError(2, "there is no such file", str(path))
     if path.stat().st_size == 0:
-        raise TableFileError(f"{path}: the file is empty; expected a table with a header and rows.")
+        raise TableFileError(path, "the file is empty; expected a table with a header and rows.")
     return kind
 
 
@@ -176,24 +199,23 @@ def describe_value(value: Any) -> str:
 
 
 def error_about(error: Exception, path: Path, targets: Sequence[str], offset: int = 0) -> TableFileError:
-    """An error of the estimator in the words of the file: column names and rows instead of X, y and positions.
+    """An error of the estimator in the words of the file: column names and rows from 1 instead of X, y and positions.
 
     Args:
-        error: Names X or y, with rows that count from 0.
+        error: The error; one that does not say where it is keeps its words.
         path: The file.
         targets: Names of the target columns.
         offset: Rows of the file before X.
     """
-    text = re.sub(r"\brow (\d+)", lambda m: f"row {int(m[1]) + 1 + offset}", str(error))
-    if re.match(r"y\b", text):
-        text = re.sub(
-            r"column (\d+)",
-            lambda m: f"column {targets[int(m[1])]!r}" if int(m[1]) < len(targets) else m[0],
-            text,
-        )
-        text = re.sub(r"^y\b", "the target", text)
-    text = re.sub(r"\bX\b", "the table", text)
-    return TableFileError(f"{path}: {text}")
+    if not isinstance(error, Located):
+        return TableFileError(path, str(error))
+    column = error.column
+    if isinstance(column, int) and error.name.startswith("y") and column < len(targets):
+        column = targets[column]
+    name = {"X": "the table", "y": "the target"}.get(error.name, error.name)
+    rows = [row + 1 + offset for row in error.rows]
+    text = error.reworded(name=name, rows=rows, column=column)
+    return TableFileError(path, text, row=rows[0] if rows else None, column=None if column is None else str(column))
 
 
 def count_rows(path: str | os.PathLike[str]) -> int:
@@ -221,17 +243,17 @@ def _format(path: Path, verb: str) -> str:
     if kind is None:
         known = ", ".join(FORMATS)
         what = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise TableFileError(f"{path}: cannot {verb} a file with {what}; expected one of {known}.")
+        raise TableFileError(path, f"cannot {verb} a file with {what}; expected one of {known}.")
     return kind
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
     name, count = Counter(names).most_common(1)[0] if names else ("", 0)
     if not names:
-        raise TableFileError(f"{path}: the table has no columns.")
+        raise TableFileError(path, "the table has no columns.")
     if count > 1:
         where = " and ".join(str(i + 1) for i, other in enumerate(names) if other == name)
-        raise TableFileError(f"{path}: the column name {name!r} stands {count} times (columns {where}); rename them.")
+        raise TableFileError(path, f"the column name {name!r} stands {count} times (columns {where}); rename them.")
 
 
 @dataclass(frozen=True)
@@ -264,13 +286,13 @@ def _csv(path: Path, rows: int | None, kinds: Mapping[str, str], columns: Sequen
     except UnicodeDecodeError:
         raise _bad_encoding(path) from None
     except pandas.errors.EmptyDataError:
-        raise TableFileError(f"{path}: the file holds no table.") from None
+        raise TableFileError(path, "the file holds no table.") from None
     except (pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
         found = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
         if found:
             what = f"line {found[2]} has {found[3]} values, but the header has {found[1]}"
-            raise TableFileError(f"{path}: {what}; quote values that hold {dialect.separator!r}.") from None
-        raise TableFileError(f"{path}: the file is no complete CSV: {str(error).strip()}.") from None
+            raise TableFileError(path, f"{what}; quote values that hold {dialect.separator!r}.") from None
+        raise TableFileError(path, f"the file is no complete CSV: {str(error).strip()}.") from None
 
 
 def _typed(path: Path, frame: DataFrame, kinds: Mapping[str, str], done: int) -> DataFrame:
@@ -286,7 +308,10 @@ def _typed(path: Path, frame: DataFrame, kinds: Mapping[str, str], done: int) ->
             if bad.any():
                 row = int(bad.to_numpy().argmax())
                 raise TableFileError(
-                    f"{path}: column {name!r} has {str(series.iloc[row])!r} in row {done + row + 1}; expected a number."
+                    path,
+                    f"column {name!r} has {str(series.iloc[row])!r} in row {done + row + 1}; expected a number.",
+                    row=done + row + 1,
+                    column=str(name),
                 )
             frame[name] = numbers
         elif kind == "time" or (kind is None and texts and _looks_like_dates(series)):
@@ -295,8 +320,11 @@ def _typed(path: Path, frame: DataFrame, kinds: Mapping[str, str], done: int) ->
             if kind == "time" and bad.any():
                 row = int(bad.to_numpy().argmax())
                 raise TableFileError(
-                    f"{path}: column {name!r} has {str(series.iloc[row])!r} in row {done + row + 1}; expected a date, "
-                    "as 2024-05-31 or 2024-05-31 14:00."
+                    path,
+                    f"column {name!r} has {str(series.iloc[row])!r} in row {done + row + 1}; expected a date, "
+                    "as 2024-05-31 or 2024-05-31 14:00.",
+                    row=done + row + 1,
+                    column=str(name),
                 )
             if not bad.any():
                 frame[name] = times
@@ -313,10 +341,10 @@ def _dialect(path: Path) -> _Dialect:
         content = file.read(SAMPLE_BYTES)
         complete = len(content) < SAMPLE_BYTES
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise TableFileError(f"{path}: the file is in UTF-16; expected UTF-8. Save it as UTF-8.")
+        raise TableFileError(path, "the file is in UTF-16; expected UTF-8. Save it as UTF-8.")
     if b"\0" in content:
         kind = "a Parquet file" if content.startswith(b"PAR1") else "binary"
-        raise TableFileError(f"{path}: the file is {kind}, no text; rename it, or save the table as CSV.")
+        raise TableFileError(path, f"the file is {kind}, no text; rename it, or save the table as CSV.")
     if not complete:  # the last line may be cut, even within a letter
         content = content[: content.rfind(b"\n") + 1] or content
     try:
@@ -326,7 +354,7 @@ def _dialect(path: Path) -> _Dialect:
             raise _bad_encoding(path) from None
         sample = content.decode("utf-8-sig", "ignore")
     if not sample.strip():
-        raise TableFileError(f"{path}: the file is empty; expected a table with a header and rows.")
+        raise TableFileError(path, "the file is empty; expected a table with a header and rows.")
     best: tuple[int, str, list[list[str]]] | None = None
     for separator in SEPARATORS:
         lines = _split(sample, separator)
@@ -345,8 +373,9 @@ def _dialect(path: Path) -> _Dialect:
     for number, line in enumerate(body, 2):
         if len(line) > len(names):
             raise TableFileError(
-                f"{path}: line {number} has {len(line)} values, but the header has {len(names)}; quote values that "
-                f"hold {separator!r}, or check the header."
+                path,
+                f"line {number} has {len(line)} values, but the header has {len(names)}; quote values that "
+                f"hold {separator!r}, or check the header.",
             )
     cells = [cell for line in body for cell in line]
     comma = separator != "," and any(re.fullmatch(r"\s*[+-]?\d+,\d+\s*", cell) for cell in cells)
@@ -374,11 +403,12 @@ def _bad_encoding(path: Path) -> TableFileError:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 return TableFileError(
-                    f"{path}: line {number} is not UTF-8: byte 0x{line[error.start]:02x} at position "
-                    f"{error.start + 1} of the line (byte {offset + error.start} of the file); save the file as UTF-8."
+                    path,
+                    f"line {number} is not UTF-8: byte 0x{line[error.start]:02x} at position "
+                    f"{error.start + 1} of the line (byte {offset + error.start} of the file); save the file as UTF-8.",
                 )
             offset += len(line)
-    return TableFileError(f"{path}: the file is not UTF-8; save it as UTF-8.")
+    return TableFileError(path, "the file is not UTF-8; save it as UTF-8.")
 
 
 def _parquet(
@@ -429,7 +459,7 @@ def _feather(
 
 
 def _incomplete(path: Path, kind: str, error: Exception) -> TableFileError:
-    return TableFileError(f"{path}: the file is no complete {kind.capitalize()} file: {_first_line(error)}")
+    return TableFileError(path, f"the file is no complete {kind.capitalize()} file: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
@@ -506,7 +536,7 @@ class TableWriter:
                 table = pyarrow.Table.from_pandas(frame, schema=self._schema, preserve_index=False)
             except (pyarrow.ArrowException, TypeError) as error:
                 raise TableFileError(
-                    f"{self.path}: from row {self.rows + 1} on a column is of another type: {_first_line(error)}"
+                    self.path, f"from row {self.rows + 1} on a column is of another type: {_first_line(error)}"
                 ) from None
         self._arrow.write_table(table)
 

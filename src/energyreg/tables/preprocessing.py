@@ -1,344 +1,22 @@
-"""Tables: from columns of any kind to the one matrix of numbers that an encoder takes, learned on training rows only.
-
-Numbers, categories, dates, durations and missing values, from NumPy arrays, pandas and polars frames and Arrow tables.
-The library that a table comes from is not imported here: a table brings its own.
-"""
+"""From the columns of a table to the one matrix of numbers that an encoder takes, learned on training rows only."""
 
 from __future__ import annotations
 
-import datetime
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-__all__ = ["TablePreprocessor", "column_names", "read_targets"]
+from energyreg.checks import check_count
+from energyreg.errors import DataError
+from energyreg.tables.columns import KINDS, Column, labels_of, read_columns
+
+__all__ = ["TablePreprocessor"]
 
 MICROSECONDS_PER_DAY = 86_400e6
 EPOCH_WEEKDAY = 3
 """1970-01-01 was a Thursday, day 3 from Monday on."""
-
-KINDS = {"number": "numbers", "text": "text", "boolean": "booleans", "time": "dates", "duration": "durations"}
-"""Kinds of columns, and what an error calls their values; "missing" has no value at all."""
-
-
-@dataclass
-class Column:
-    """One column as it was read.
-
-    Attributes:
-        kind: "number", "text", "boolean", "time", "duration" or "missing".
-        values: Numbers as float64 (times in microseconds since 1970, durations in seconds) with NaN where missing;
-            text and booleans as labels in an object array with None where missing.
-        categorical: Whether its values are categories, whatever their kind.
-    """
-
-    kind: str
-    values: np.ndarray
-    categorical: bool = False
-
-    def missing(self) -> np.ndarray:
-        """Which values are missing, shape (N,)."""
-        if self.values.dtype == object:
-            return np.fromiter((value is None for value in self.values), bool, len(self.values))
-        return np.isnan(self.values)
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def column_names(table: Any) -> list[Any] | None:
-    """Names of the columns of a pandas, polars or Arrow table, as they are; None where columns have no names."""
-    if isinstance(table, np.ndarray) or not hasattr(table, "columns"):
-        return None
-    names = table.column_names if hasattr(table, "column_names") else table.columns
-    return list(names)
-
-
-def read_columns(table: Any, name: str) -> tuple[list[str] | None, list[Column], int]:
-    """Names, columns and number of rows of a table.
-
-    Raises:
-        ValueError: If it is no table of two dimensions, is empty or sparse, has a name twice, or a column mixes kinds
-            or holds infinite values.
-        TypeError: If it holds something that is no number, text, boolean, date or duration.
-    """
-    if hasattr(table, "toarray") and hasattr(table, "nnz"):
-        raise TypeError(
-            f"{name} is a sparse matrix ({type(table).__name__}); expected a dense table. Convert it by "
-            f"{name}.toarray() if it fits into memory, or keep fewer columns."
-        )
-    if isinstance(table, (str, bytes)) or table is None:
-        raise ValueError(
-            f"{name} is {table!r}; expected an array or a data frame. Read the file first, e.g. by pandas.read_csv."
-        )
-    names = column_names(table)
-    if names is not None:
-        return _read_frame(table, names, name)
-    if isinstance(getattr(table, "dtype", None), np.dtype) or not hasattr(table, "numpy"):
-        array = _to_array(table, name)
-    else:  # a torch tensor, on any device
-        array = table.detach().cpu().numpy()
-    if array.ndim != 2:
-        one = "a single feature by X.reshape(-1, 1), a single row by X.reshape(1, -1)"
-        raise ValueError(
-            f"Expected 2D array, got {array.ndim}D array instead: {name} has shape {array.shape}; expected (rows, "
-            f"columns). Reshape your data: {one}."
-        )
-    _check_size(len(array), array.shape[1], name)
-    columns = [_from_array(array[:, i], f"column {i}", name) for i in range(array.shape[1])]
-    return None, columns, len(array)
-
-
-def _to_array(table: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(table)
-        if array.dtype.kind in "US" and not hasattr(table, "dtype"):
-            array = np.asarray(table, dtype=object)  # NumPy would turn the numbers of a list with text into text
-    except ValueError as error:  # rows of different length
-        raise ValueError(f"{name} is no table: {error}. Expected rows of the same length.") from None
-    return array
-
-
-def _check_size(rows: int, columns: int, name: str) -> None:
-    if rows == 0:
-        raise ValueError(f"Found array with 0 sample(s) (shape=({rows}, {columns})): {name} has no rows; pass some.")
-    if columns == 0:
-        raise ValueError(
-            f"{name} has no columns: 0 feature(s) (shape=({rows}, 0)) while a minimum of 1 is required. Pass at least "
-            "one column."
-        )
-
-
-def _read_frame(table: Any, names: list[Any], name: str) -> tuple[list[str], list[Column], int]:
-    text = [str(column) for column in names]
-    twice = sorted({column for column in text if text.count(column) > 1}) if len(set(text)) < len(text) else []
-    if twice:
-        raise ValueError(
-            f"{name} has the column name {twice[0]!r} {text.count(twice[0])} times; expected names that differ. Rename "
-            "or drop columns."
-        )
-    rows = int(table.shape[0])
-    _check_size(rows, len(names), name)
-    library = type(table).__module__.partition(".")[0]
-    columns = []
-    for i, column in enumerate(text):
-        if library == "polars":
-            columns.append(_from_polars(table.to_series(i), column, name))
-        elif library == "pyarrow":
-            columns.append(_from_arrow(table.column(i), column, name))
-        else:
-            columns.append(_from_pandas(table.iloc[:, i], column, name))
-    return text, columns, rows
-
-
-def _from_pandas(series: Any, column: str, name: str) -> Column:
-    from pandas import CategoricalDtype
-    from pandas.api import types
-
-    dtype = series.dtype
-    if isinstance(dtype, CategoricalDtype):
-        categories = _from_array(np.asarray(series.cat.categories.astype(object), object), _quoted(column), name)
-        labels = _labels(categories)
-        codes = series.cat.codes.to_numpy()
-        values = np.concatenate([labels, np.array([None], object)])[codes]  # code -1, missing, takes the last
-        return Column(categories.kind if len(labels) else "missing", values, categorical=True)
-    if types.is_datetime64_any_dtype(dtype):
-        # Local time: the hour of the day there is what a model can learn from.
-        series = series.dt.tz_localize(None) if getattr(series.dt, "tz", None) is not None else series
-        return _from_array(series.to_numpy("datetime64[us]"), _quoted(column), name)
-    if types.is_timedelta64_dtype(dtype):
-        return _from_array(series.to_numpy("timedelta64[us]"), _quoted(column), name)
-    if types.is_bool_dtype(dtype):
-        return _from_array(series.to_numpy(object), _quoted(column), name)
-    if types.is_complex_dtype(dtype):
-        return _from_array(series.to_numpy(), _quoted(column), name)
-    if types.is_numeric_dtype(dtype):
-        return _from_array(series.to_numpy(np.float64, na_value=np.nan), _quoted(column), name)
-    if hasattr(series, "dt") and hasattr(series.dt, "to_timestamp"):  # periods
-        return _from_array(series.dt.to_timestamp().to_numpy("datetime64[us]"), _quoted(column), name)
-    return _from_array(series.to_numpy(object), _quoted(column), name)
-
-
-def _from_polars(series: Any, column: str, name: str) -> Column:
-    kind, categorical = str(series.dtype.base_type()), False
-    if kind in ("Categorical", "Enum"):
-        series, categorical = series.cast(_polars("String")), True
-    elif kind in ("Date", "Datetime", "Duration"):
-        series = series.cast(_polars("Datetime")("us")) if kind == "Date" else series.dt.cast_time_unit("us")
-        if getattr(series.dtype, "time_zone", None) is not None:
-            series = series.dt.replace_time_zone(None)  # local time, as from pandas
-        numbers = series.to_physical().cast(_polars("Float64")).to_numpy().astype(np.float64)
-        return Column("duration", numbers / 1e6) if kind == "Duration" else Column("time", numbers)
-    elif kind == "Time":
-        return Column("duration", series.to_physical().cast(_polars("Float64")).to_numpy().astype(np.float64) / 1e9)
-    elif series.dtype.is_numeric():
-        return _from_array(series.cast(_polars("Float64")).to_numpy(), _quoted(column), name)
-    values = np.empty(len(series), object)
-    values[:] = series.to_list()
-    read = _from_array(values, _quoted(column), name)
-    return Column(read.kind, read.values, categorical or read.categorical)
-
-
-def _polars(name: str) -> Any:
-    import polars
-
-    return getattr(polars, name)
-
-
-def _from_arrow(array: Any, column: str, name: str) -> Column:
-    array = array.combine_chunks() if hasattr(array, "combine_chunks") else array
-    dictionary = hasattr(array.type, "value_type") and hasattr(array, "dictionary_decode")
-    array = array.dictionary_decode() if dictionary else array
-    if getattr(array.type, "tz", None) is not None:
-        import pyarrow.compute
-
-        array = pyarrow.compute.local_timestamp(array)
-    values = array.to_numpy(zero_copy_only=False)
-    if values.dtype.kind in "Mm":
-        values = values.astype(f"{values.dtype.kind}8[us]")
-    read = _from_array(values, _quoted(column), name)
-    return Column(read.kind, np.asarray(_labels(read)) if dictionary else read.values, dictionary or read.categorical)
-
-
-def _quoted(column: str) -> str:
-    return f"column {column!r}"
-
-
-def _from_array(values: np.ndarray, where: str, name: str) -> Column:
-    """A column of a NumPy array of any dtype; where: what an error calls it."""
-    kind = values.dtype.kind
-    if kind in "iuf":
-        numbers = values.astype(np.float64)
-        _refuse_infinite(numbers, where, name)
-        return Column("number", numbers)
-    if kind == "b":
-        return Column("boolean", np.where(values, "True", "False").astype(object), categorical=True)
-    if kind == "c":
-        raise ValueError(
-            f"Complex data not supported: {where} of {name} has dtype {values.dtype}. Pass real and imaginary part as "
-            "columns of their own."
-        )
-    if kind == "M":
-        times = values.astype("datetime64[us]")
-        return Column("time", np.where(np.isnat(times), np.nan, times.astype(np.int64).astype(np.float64)))
-    if kind == "m":
-        spans = values.astype("timedelta64[us]")
-        return Column("duration", np.where(np.isnat(spans), np.nan, spans.astype(np.int64) / 1e6))
-    if kind in "US":
-        return _from_objects(values.astype(object), where, name)
-    if kind == "O":
-        return _from_objects(values, where, name)
-    raise TypeError(f"{where} of {name} has dtype {values.dtype}; expected numbers, text, booleans or dates.")
-
-
-def _refuse_infinite(numbers: np.ndarray, where: str, name: str) -> None:
-    infinite = np.isinf(numbers)
-    if infinite.any():
-        row = int(infinite.argmax())
-        raise ValueError(
-            f"{name} has an infinite value (inf) in {where}, row {row}, and {int(infinite.sum()) - 1} more in this "
-            "column; expected finite numbers, or NaN where a value is missing. Replace them."
-        )
-
-
-def _is_missing(value: Any) -> bool:
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    if isinstance(value, (np.datetime64, np.timedelta64)):
-        return bool(np.isnat(value))
-    return isinstance(value, (float, np.floating, Decimal)) and value != value
-
-
-def _kind_of(value: Any) -> str | None:
-    if isinstance(value, (str, bytes)):
-        return "text"
-    if isinstance(value, (bool, np.bool_)):
-        return "boolean"
-    if isinstance(value, (datetime.timedelta, np.timedelta64)):  # before numbers: NumPy's durations are such, too
-        return "duration"
-    if isinstance(value, (int, float, np.integer, np.floating, Decimal, Fraction)):
-        return "number"
-    if isinstance(value, (datetime.date, np.datetime64)):
-        return "time"
-    return None
-
-
-def _from_objects(values: np.ndarray, where: str, name: str) -> Column:
-    missing = np.fromiter((_is_missing(value) for value in values), bool, len(values))
-    kinds: dict[str, int] = {}
-    by_type: dict[type, str | None] = {}
-    for row in np.flatnonzero(~missing):
-        value = values[row]
-        if type(value) not in by_type:
-            kind = by_type[type(value)] = _kind_of(value)
-            if isinstance(value, (complex, np.complexfloating)):
-                raise ValueError(f"Complex data not supported: {where} of {name} has {value!r} in row {row}.")
-            if kind is None:
-                raise TypeError(
-                    f"{where} of {name} holds a {type(value).__name__} in row {row}; the argument must be a table "
-                    "where each value is a string, a number, a boolean or a date."
-                )
-            kinds.setdefault(kind, int(row))
-    if not kinds:
-        return Column("missing", np.full(len(values), np.nan))
-    if set(kinds) == {"number", "boolean"}:
-        kinds.pop("boolean")
-    if len(kinds) > 1:
-        (first, here), (second, there) = list(kinds.items())[:2]
-        raise ValueError(
-            f"{where} of {name} mixes {KINDS[first]} (row {here}: {values[here]!r}) with {KINDS[second]} (row {there}: "
-            f"{values[there]!r}); expected one kind. Convert the column."
-        )
-    kind = next(iter(kinds))
-    if kind in ("text", "boolean"):
-        labels = np.empty(len(values), object)
-        labels[~missing] = [_text(value) for value in values[~missing]]
-        return Column(kind, labels, categorical=True)
-    numbers = np.full(len(values), np.nan)
-    convert = {"number": _number, "time": _microseconds, "duration": _seconds}[kind]
-    for row in np.flatnonzero(~missing):
-        try:
-            numbers[row] = convert(values[row])
-        except OverflowError:
-            numbers[row] = np.inf
-    _refuse_infinite(numbers, where, name)
-    return Column(kind, numbers)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    return str(bool(value)) if isinstance(value, np.bool_) else str(value)
-
-
-def _number(value: Any) -> float:
-    return float(value)
-
-
-def _microseconds(value: Any) -> float:
-    if isinstance(value, datetime.datetime):
-        value = value.replace(tzinfo=None)
-    return float(np.datetime64(value, "us").astype(np.int64).item())
-
-
-def _seconds(value: Any) -> float:
-    return float(np.timedelta64(value, "us").astype(np.int64)) / 1e6
-
-
-def _labels(column: Column) -> np.ndarray:
-    """Values as text: 3 and 3.0 are one label."""
-    if column.values.dtype == object:
-        return column.values
-    labels = np.empty(len(column.values), object)
-    known, index = np.unique(column.values, return_inverse=True)
-    text = np.array([None if math.isnan(v) else str(int(v)) if v == int(v) else repr(float(v)) for v in known], object)
-    labels[:] = text[index]
-    return labels
 
 
 # ---------------------------------------------------------------------------------------------- what is learned
@@ -442,9 +120,8 @@ class TablePreprocessor:
     """
 
     def __init__(self, max_levels: int = 256, min_count: int = 4) -> None:
-        for name, number in (("max_levels", max_levels), ("min_count", min_count)):
-            if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-                raise ValueError(f"{name} is {number!r}; expected a whole number of at least 1.")
+        check_count("max_levels", max_levels)
+        check_count("min_count", min_count)
         self.max_levels, self.min_count = int(max_levels), int(min_count)
 
     def fit(self, table: Any, name: str = "X") -> TablePreprocessor:
@@ -466,12 +143,12 @@ class TablePreprocessor:
         """Learn from columns that were read already."""
         self.names_, self.num_columns_ = names, len(columns)
         self.notes_: list[str] = []
-        self._plans = [self._plan(column, self._where(i)) for i, column in enumerate(columns)]
+        self._plans = [self._plan(column, f"column {self._name(i)!r}") for i, column in enumerate(columns)]
         self._describe()
         return self
 
-    def _where(self, index: int) -> str:
-        return f"column {index}" if self.names_ is None else _quoted(self.names_[index])
+    def _name(self, index: int) -> int | str:
+        return index if self.names_ is None else self.names_[index]
 
     def _describe(self) -> None:
         names = [f"column {i}" if self.names_ is None else self.names_[i] for i in range(self.num_columns_)]
@@ -543,16 +220,16 @@ class TablePreprocessor:
         if self.names_ is not None and names is not None:
             columns = [columns[i] for i in self._order(names, name)]
         elif len(columns) != self.num_columns_:
-            raise ValueError(
-                f"{name} has {len(columns)} columns, but the table in training had {self.num_columns_}; pass the same "
-                "columns."
-            )
+            raise DataError(
+                "{name} has {found} columns, but the table in training had {expected}; pass the same columns.",
+                name=name, found=len(columns), expected=self.num_columns_,
+            )  # fmt: skip
         numbers: list[np.ndarray] = []
         codes: list[np.ndarray] = []
         for index, (plan, column) in enumerate(zip(self._plans, columns, strict=True)):
             if plan.kind == "missing":
                 continue
-            self._check_kind(plan, column, self._where(index), name)
+            self._check_kind(plan, column, self._name(index), name)
             if plan.levels is not None:
                 codes.append(_codes(plan, column))
                 continue
@@ -578,10 +255,11 @@ class TablePreprocessor:
         if extra:
             problems.append(f"has {_some(extra)}, which the table in training had not")
         if problems:
-            raise ValueError(f"{name} {' and '.join(problems)}; pass the columns of the training.")
+            text = "{name} {problems}; pass the columns of the training."
+            raise DataError(text, name=name, problems=" and ".join(problems))
         return [place[column] for column in self.names_]
 
-    def _check_kind(self, plan: _Plan, column: Column, where: str, name: str) -> None:
+    def _check_kind(self, plan: _Plan, column: Column, of: int | str, name: str) -> None:
         if column.kind in ("missing", plan.kind):
             return
         # 0 and 1 may come as booleans or as numbers, and labels that look like numbers as text.
@@ -589,10 +267,11 @@ class TablePreprocessor:
         if plan.categorical:
             fine |= {("number", "text")}
         if (plan.kind, column.kind) not in fine:
-            raise ValueError(
-                f"{where} of {name} holds {KINDS[column.kind]}, but held {KINDS[plan.kind]} in training; expected the "
-                "same kind of values. Convert the column as you did for the training."
-            )
+            raise DataError(
+                "column {column!r} of {name} holds {found}, but held {expected} in training; expected the same kind of "
+                "values. Convert the column as you did for the training.",
+                name=name, column=of, found=KINDS[column.kind], expected=KINDS[plan.kind],
+            )  # fmt: skip
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -633,88 +312,10 @@ def _codes(plan: _Plan, column: Column) -> np.ndarray:
     assert plan.levels is not None
     codes = {label: float(code) for code, label in enumerate(plan.levels, 1)}
     codes_of_missing = float(len(plan.levels) + 1) if plan.missing_level else 0.0
-    labels = _labels(column)
+    labels = labels_of(column)
     if plan.kind == "boolean" and column.kind == "number":
         labels = np.array([{"0": "False", "1": "True"}.get(label, label) for label in labels], object)
     if plan.kind == "number" and column.kind == "boolean":
         labels = np.array([{"False": "0", "True": "1"}.get(label, label) for label in labels], object)
     found = (codes_of_missing if label is None else codes.get(label, 0.0) for label in labels)
     return np.fromiter(found, np.float64, len(labels))
-
-
-# ---------------------------------------------------------------------------------------------- targets
-
-
-def read_targets(y: Any, name: str, rows: int, of: str = "X") -> np.ndarray:
-    """Targets as float64, shape (N, D), finite.
-
-    Args:
-        y: Targets, shape (N,) or (N, D).
-        name: What an error calls them.
-        rows: How many there should be.
-        of: What there should be one target for each row of.
-
-    Raises:
-        ValueError: If they are missing, no numbers, not finite, or not as many.
-        TypeError: If they are sparse.
-    """
-    if y is None:
-        raise ValueError(
-            f"EnergyRegressor requires y to be passed, but the target y is None: {name} is missing. Pass the targets."
-        )
-    if hasattr(y, "toarray") and hasattr(y, "nnz"):
-        raise TypeError(f"{name} is a sparse matrix; expected dense targets. Convert it by {name}.toarray().")
-    if hasattr(y, "detach"):
-        y = y.detach().cpu().numpy()
-    try:
-        values = np.asarray(y)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array of numbers: {error}.") from None
-    if values.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported: {name} has dtype {values.dtype}; expected real numbers.")
-    if values.dtype.kind in "OUS":
-        values = _numbers_of(values, name)
-    if values.dtype.kind not in "biuf":
-        raise ValueError(f"{name} has dtype {values.dtype}; expected numbers. Convert dates to numbers first.")
-    values = values.astype(np.float64)
-    values = values[:, None] if values.ndim == 1 else values
-    if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"{name} has shape {np.shape(y)}; expected (n,), or (n, D) for several outputs.")
-    if len(values) != rows:
-        raise ValueError(
-            f"{name} has {len(values)} rows, but {of} has {rows}; expected one target for each row of {of}."
-        )
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise ValueError(
-            f"{name} has NaN or infinity in {int(bad.any(1).sum())} of {rows} rows, the first in row {row}, column "
-            f"{column}: {values[row, column]}; expected finite numbers. Drop these rows."
-        )
-    return values
-
-
-def _numbers_of(values: np.ndarray, name: str) -> np.ndarray:
-    flat = values.reshape(-1)
-    result = np.empty(len(flat))
-    for index, value in enumerate(flat):
-        missing = value is None or type(value).__name__ in ("NAType", "NaTType")
-        if not missing and isinstance(value, (str, bytes)) and len(value) and not _looks_like_a_number(value):
-            raise ValueError(
-                f"{name} holds text, the first in row {index}: {str(value)!r}; expected numbers. Convert it."
-            )
-        try:
-            result[index] = np.nan if missing else float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"{name} holds a {type(value).__name__} in row {index}: {value!r}; expected numbers."
-            ) from None
-    return result.reshape(values.shape)
-
-
-def _looks_like_a_number(value: Any) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True

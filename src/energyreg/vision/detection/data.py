@@ -334,5 +334,6 @@ def _read_image(path: Path) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise anything
-        raise ImageFileError(f"{path} cannot be read as an image: {error}. Replace or remove it.") from error
+        text = "{path} cannot be read as an image: {reason}. Replace or remove it."
+        raise ImageFileError(text, path=path, reason=error) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
