@@ -18,6 +18,7 @@ SOURCE = Path(energyreg.__file__).parent
 ROOMS: dict[str, set[str]] = {
     "ground": set(),  # the files beside the folders
     "datasets": set(),  # files on disk to arrays, which know nothing of models
+    "plots": {"ground"},  # figures of numbers and of whatever has the methods of a distribution; they know no model
     "densities": {"ground"},
     "inference": {"densities"},
     "networks": {"densities"},
@@ -29,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "estimators": {"training", "images"},
     "scoring": {"estimators"},
     "evaluation": {"estimators"},
-    "reports": {"evaluation", "images"},
+    "reports": {"evaluation", "images", "plots"},
     "vision.boxes": {"training"},
     "vision.pooling": {"ground"},
     "vision.detection": {"vision.boxes", "vision.pooling", "images"},

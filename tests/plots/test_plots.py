@@ -76,6 +76,7 @@ def lines_of(figure):
 
 
 FIGURES = {
+    "densities_of_one": lambda models, y: plots.densities(models["energy"], y),
     "densities": lambda models, y: plots.densities(models, y, rows=[0, 3], titles=["first", "second"], label="y (m)"),
     "pit_histogram": lambda models, y: plots.pit_histogram(pit(), title="energy"),
     "coverage_curve": lambda models, y: plots.coverage_curve({"mixture": pit(), "energy": pit(300)}),
@@ -261,5 +262,7 @@ def test_models_that_predict_different_things_are_refused(models, data):
     other.fit_preprocessing(data[0], data[1].expand(-1, 2) + torch.randn(ROWS, 2))
     with pytest.raises(ValueError, match="one target dimension"):
         plots.densities({"two": other.eval()(data[0])})
+    with pytest.raises(ValueError, match="The model predicts"):
+        plots.densities(other.eval()(data[0]))
     with pytest.raises(ValueError, match="different numbers of rows"):
         plots.densities(models | {"fewer": SimpleNamespace(event_shape=(1,), batch_shape=(3,))})
