@@ -165,7 +165,7 @@ def test_weights_above_zero_decide():
 def test_an_evaluation_set_chooses_the_epoch():
     regressor = EnergyRegressor(**FAST).fit(X[:80], Y[:80], eval_set=(X[80:], Y[80:]))
     assert len(regressor.history_.validation_nll) == 3
-    assert regressor.calibration_ == Calibration.fit(regressor.model_(regressor._inputs(X[80:])), Y[80:])
+    assert regressor.calibration_ == Calibration.fit(regressor.model_(regressor.encode(X[80:])), Y[80:])
 
 
 # ---------------------------------------------------------------------------------------------- targets

@@ -140,7 +140,7 @@ def fit(
         try:
             if large:
                 regressor.fit_file(data, list(target), drop=drop or [], eval_set=held_out)
-                rows = regressor._rows
+                rows = regressor.n_samples_fit_
             else:
                 regressor.fit(frame, y if len(target) > 1 else y[:, 0], eval_set=held_out)
                 rows = len(frame) - len(getattr(regressor, "skipped_", ()))
@@ -200,14 +200,13 @@ def _training_table(
 
 
 def _target_kind(text: str) -> Any:
+    from energyreg.estimators.targets import parse_kind
+
     kind, colon, ends = text.partition(":")
-    if kind in ("real", "positive", "count") and not colon:
-        return kind
-    if kind in ("interval", "circle") and colon:
-        with contextlib.suppress(ValueError):
-            low, high = (float(end) for end in ends.split(","))
-            if math.isfinite(low) and math.isfinite(high) and low < high:
-                return kind, low, high
+    with contextlib.suppress(ValueError):
+        given = (kind, *(float(end) for end in ends.split(","))) if colon else kind
+        parse_kind(given)
+        return given
     raise InputError(
         f"--target-kind is {text!r}; expected real, positive, count, interval:LOW,HIGH or circle:LOW,HIGH, LOW < HIGH."
     )

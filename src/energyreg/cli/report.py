@@ -59,7 +59,7 @@ def report(
         if images is not None:  # all at once, before anything else is shown
             fitted.regressor.set_params(verbose=not quiet)
             with contextlib.redirect_stdout(sys.stderr):
-                fitted.regressor._inputs(x)
+                fitted.regressor.encode(x)
         with Progress("Report", "steps", steps, not quiet, transient=True) as progress:
             page = table_report.describe(
                 fitted.regressor, x, y, names, title=f"Densities of {' and '.join(names)}", labels=labels, facts=facts,

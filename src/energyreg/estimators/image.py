@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from energyreg.estimators.table import EnergyRegressor, _check_whole, _weights
+from energyreg.estimators.targets import Target
 from energyreg.images.files import ImageFiles, _file_key, explain_memory, extract_features, image_loader
 from energyreg.models import checkpoint
 from energyreg.models.chain import ChainEncoder, EnergyChain
@@ -204,7 +205,8 @@ class ImageRegressor(EnergyRegressor):
         targets = read_targets(y, "y", len(files), "X")
         weights = _weights(sample_weight, len(files))
         evaluation = self._evaluation_files(eval_set)
-        self._check_in_space(self._space(targets), targets, "y")
+        self.target_ = Target.parse(self.target, targets.shape[1])
+        self._check_targets(self.target_.space(), targets, "y")
         self._fit_seed = super()._seed()
         self.encoder_ = self._new_encoder()
         self.fine_tuning_: History | None = None
@@ -321,14 +323,13 @@ class ImageRegressor(EnergyRegressor):
         epochs: int,
     ) -> None:
         """Train the last stages of the network on the rows that the models are trained on later."""
-        space = self._space(targets)
+        space = self.target_.space()
         known = np.flatnonzero(weights > 0)
         targets = targets[known]
         rng = np.random.default_rng(self._seed())
         train, held_out, _ = self._split(len(known), evaluation is not None, weights[known], rng)
-        self.lattice_step_ = self._lattice(targets)
-        self._steps = self._steps_of(targets)
-        z = self._continuous(targets, rng)
+        steps = self.target_.rounding_steps(targets)
+        z = self.target_.dequantise(targets, steps, rng)
         encoder = self._new_encoder(self.trainable)
         with caller_random_state():  # random_state decides, not what was drawn before
             seed_global(self._seed(), torch.device("cpu"))
@@ -342,7 +343,8 @@ class ImageRegressor(EnergyRegressor):
         )  # fmt: skip
         held: ImageFiles | None = None
         if evaluation is not None:
-            held = evaluation[0].take(range(len(evaluation[0])), targets=self._continuous(evaluation[1], rng))
+            z_held = self.target_.dequantise(evaluation[1], steps, rng)
+            held = evaluation[0].take(range(len(z_held)), targets=z_held)
         elif len(held_out):
             held = files.take(known[held_out], targets=z[held_out])
         self._say(f"Fine-tuning {self.trainable} stages for {epochs} epochs on {len(train)} images.")
@@ -381,14 +383,26 @@ class ImageRegressor(EnergyRegressor):
 
     # Predictions -----------------------------------------------------------------------------------------------------
 
-    def _inputs(self, X: Any) -> np.ndarray:
+    def encode(self, X: Any) -> np.ndarray:
+        """The inputs of the model: features of images, standardised.
+
+        Args:
+            X: Files, B of them.
+
+        Returns:
+            Shape (B, F), float32.
+
+        Raises:
+            energyreg.images.ImageFileError: If an image cannot be read.
+            sklearn.exceptions.NotFittedError: If the estimator has not been fitted.
+        """
         from sklearn.utils.validation import check_is_fitted
 
         check_is_fitted(self)
         files = self._files(X, "X")
         with self._threads():
             features = self._extract(files)
-        return super()._inputs(features)
+        return super().encode(features)
 
     # Files -----------------------------------------------------------------------------------------------------------
 

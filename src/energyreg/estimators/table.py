@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from energyreg.densities.bases import Marginal, ProposalBase
-from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real, TargetSpace
+from energyreg.densities.spaces import TargetSpace
 from energyreg.errors import DataError
+from energyreg.estimators.targets import Target, point_masses
 from energyreg.inference.integrators import ImportanceSampling
 from energyreg.models import checkpoint
 from energyreg.models.calibration import Calibration, ConformalIntervals, ConformalRegions
@@ -102,12 +103,6 @@ TIMED_ROWS, CALIBRATED_TO_TIME = 2_048, 256
 PREDICTION_ROWS = 16_384
 """Rows of a table that are predicted at once, by default."""
 KINDS_OF_PREDICTION = ("mean", "median", "mode")
-ATOM_SHARE, ATOM_HEIGHT = 0.05, 4.0
-"""Share of the rows, and multiple of the neighbouring values' rows, from which on a value of a lattice is an atom."""
-FINE = 0.05
-"""Step of a lattice, in standard deviations, from which on the smooth marginal shows an atom by itself."""
-UNEVEN = 0.3
-"""Nats by which the density of an even cell may differ between its ends in model space, to be taken as a slab."""
 BASES = ("auto", "marginal", "proposal")
 OUTPUTS = ("auto", "joint", "chain")
 CHAINED_FROM = 3
@@ -177,6 +172,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         model_: The ensemble, an :class:`~energyreg.models.ensemble.EnergyEnsemble`; a model where there is one member.
             It is in double precision for one output, so that predictions do not depend on the rows predicted together.
         preprocessor_: What was learned about X.
+        target_: The kind of each output, a :class:`~energyreg.estimators.targets.Target`.
         space_: Target space.
         calibration_: Temperature and defensive share.
         history_: History of the first member's training; those of all that were trained in `histories_`.
@@ -184,6 +180,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         n_features_in_: Columns of X.
         feature_names_in_: Their names, where X had some.
         n_outputs_: Columns of y.
+        n_samples_fit_: Rows of the table that `fit` was given; not kept in files.
         n_iter_: Epochs of the training.
         frequency_scales_: The members' frequency scales; None for the encoder's default.
         dropouts_: Their dropout probabilities; None for the encoder's default.
@@ -350,31 +347,32 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         self, source: Source, targets: np.ndarray, weights: np.ndarray, eval_set: Any, started: float
     ) -> EnergyRegressor:
         """Learn from a table in memory or in a file."""
-        self._rows = source.rows
+        self.n_samples_fit_ = source.rows
         if source.rows < 2:
             raise DataError(
                 "{name} has n_samples = 1 row; expected at least 2 to learn from, and better 100. Pass more.", name="X"
             )
         self._set_features(source.given, source.names, source.width)
         self.n_outputs_ = targets.shape[1]
-        space = self._space(targets)
-        self._check_in_space(space, targets, "y")
+        self.target_ = Target.parse(self.target, self.n_outputs_)
+        space = self.target_.space()
+        self._check_targets(space, targets, "y")
         known = np.flatnonzero(weights > 0)  # the others count as not there
         targets, weights = targets[known], weights[known]
         evaluation = None if eval_set is None else self._evaluation(eval_set, space)
         seed = self._seed()
         rng = np.random.default_rng(seed)
         train, held_out, conformal = self._split(len(known), evaluation is not None, weights, rng)
-        self.lattice_step_ = self._lattice(targets)
-        self._steps = self._steps_of(targets)
-        self._atoms = self._find_atoms(targets[train])
+        steps = self.target_.rounding_steps(targets)
+        self.lattice_step_ = (steps[0] or None) if self.n_outputs_ == 1 else None
+        self._point_masses = point_masses(targets[train], self.lattice_step_)
 
         self.preprocessor_ = TablePreprocessor(self.max_levels, self.min_count)
         learned_on = rows_to_learn_from(known[train], source.width, seed)
         self.preprocessor_.fit_columns(source.names, source.take(learned_on))
         for note in self.preprocessor_.notes_:
             self._say(note[:1].upper() + note[1:])
-        z = self._continuous(targets, rng)
+        z = self.target_.dequantise(targets, steps, rng)
         parts = [known[part] for part in (train, held_out, conformal)]
         with Scratch(ENCODED_IN_MEMORY if source.on_disk else None) as scratch:
             x, x_held_out, x_conformal = encode(source, self.preprocessor_, parts, scratch)
@@ -383,7 +381,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             if evaluation is not None:
                 self._check_features(evaluation[0], "X of eval_set")
                 x_val = self.preprocessor_.transform(evaluation[0], "X of eval_set")
-                validation = x_val, self._continuous(evaluation[1], rng)
+                validation = x_val, self.target_.dequantise(evaluation[1], steps, rng)
             elif len(held_out):
                 validation, validation_weights = (x_held_out, z[held_out]), weights[held_out]
             with self._threads():
@@ -443,53 +441,15 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
 
-    def _space(self, targets: np.ndarray) -> TargetSpace:
-        count = targets.shape[1]
-        if isinstance(self.target, TargetSpace):
-            if self.target.dim != count:
-                raise ValueError(
-                    f"y has {count} column(s), but target is a space of {self.target.dim} dimension(s): "
-                    f"{self.target!r}."
-                )
-            space = copy.deepcopy(self.target)
-            for module in space.modules():
-                if isinstance(getattr(module, "_buffers", {}).get("fitted"), Tensor):
-                    module._buffers["fitted"] = torch.tensor(False)
-            return space
-        if not isinstance(self.target, list):
-            return _one_space(self.target, count)
-        if len(self.target) != count:
-            raise ValueError(f"target has {len(self.target)} entries, but y has {count} column(s); pass one for each.")
-        spaces = [_one_space(entry, 1) for entry in self.target]
-        return spaces[0] if count == 1 else Product(*spaces)
-
-    def _check_in_space(self, space: TargetSpace, targets: np.ndarray, name: str) -> None:
-        if "count" in self._targets_of(targets.shape[1]):
-            for column, kind in enumerate(self._targets_of(targets.shape[1])):
-                values = targets[:, column]
-                bad = (values < 0) | (values != np.floor(values))
-                if kind == "count" and bad.any():
-                    row = int(bad.argmax())
-                    raise DataError(
-                        "{name} has {value:.9g} in row {row}, column {column!r}, and {others} more values that are no "
-                        "counts; expected whole numbers ≥ 0. Choose another target, or drop rows.",
-                        name=name, value=values[row], rows=[row], column=column, others=int(bad.sum()) - 1,
-                    )  # fmt: skip
-        space.check(torch.as_tensor(targets), name)
-        if name == "y":
-            constant = np.flatnonzero((targets == targets[0]).all(0))
-            if len(constant):
-                raise DataError(
-                    "{name} has the same value in every row of column {column!r}: {value:.9g}; expected targets that "
-                    "vary. Check how it was made, or drop the column.",
-                    name="y", column=constant[0], value=targets[0, constant[0]],
-                )  # fmt: skip
-
-    def _targets_of(self, count: int) -> list[Any]:
-        """The kind of each output; None where a target space says it."""
-        if isinstance(self.target, TargetSpace):
-            return [None] * count
-        return list(self.target) if isinstance(self.target, list) else [self.target] * count
+    def _check_targets(self, space: TargetSpace, targets: np.ndarray, name: str) -> None:
+        self.target_.check(space, targets, name)
+        constant = np.flatnonzero((targets == targets[0]).all(0))
+        if name == "y" and len(constant):
+            raise DataError(
+                "{name} has the same value in every row of column {column!r}: {value:.9g}; expected targets that "
+                "vary. Check how it was made, or drop the column.",
+                name="y", column=constant[0], value=targets[0, constant[0]],
+            )  # fmt: skip
 
     def _evaluation(self, eval_set: Any, space: TargetSpace) -> tuple[Any, np.ndarray]:
         if not isinstance(eval_set, (tuple, list)) or len(eval_set) not in (1, 2):
@@ -501,7 +461,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         targets = read_targets(pair[1], "y of eval_set", rows)
         if targets.shape[1] != space.dim:
             raise ValueError(f"y of eval_set has {targets.shape[1]} column(s), but y has {space.dim}.")
-        self._check_in_space(space, targets, "y of eval_set")
+        self._check_targets(space, targets, "y of eval_set")
         return pair[0], targets
 
     def _split(
@@ -524,63 +484,6 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             )
         parts = np.split(order, [held_out, held_out + conformal])
         return np.sort(parts[2]), np.sort(parts[0]), np.sort(parts[1])
-
-    # Counts and rounded values ---------------------------------------------------------------------------------------
-
-    def _lattice(self, targets: np.ndarray) -> float | None:
-        """Step of the lattice on which the values of the only output lie; None where they are no such."""
-        if targets.shape[1] > 1 or isinstance(self.target, TargetSpace):
-            return None
-        target = self._targets_of(1)[0]
-        if target == "count":
-            return 1.0
-        return None if target[0] == "circle" else _step(targets[:, 0])
-
-    def _steps_of(self, targets: np.ndarray) -> list[float]:
-        """Step of the lattice of each of several outputs that are real numbers or counts; 0 for none."""
-        kinds = self._targets_of(targets.shape[1])
-        found = [_step(targets[:, i]) if kind == "real" else None for i, kind in enumerate(kinds)]
-        return [1.0 if kind == "count" else step or 0.0 for kind, step in zip(kinds, found, strict=True)]
-
-    def _cell(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ends of the cells of values of the lattice, within the target space."""
-        assert self.lattice_step_ is not None
-        low, high = values - self.lattice_step_ / 2, values + self.lattice_step_ / 2
-        target = self._targets_of(1)[0]
-        if target == "positive":
-            low = np.maximum(low, values / 2)
-        elif isinstance(target, tuple):
-            low, high = np.maximum(low, target[1]), np.minimum(high, target[2])
-        return low, high
-
-    def _continuous(self, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Targets with noise uniform over their cells, where they lie on a lattice; of several outputs, over steps."""
-        if targets.shape[1] > 1:
-            return targets + rng.uniform(-0.5, 0.5, targets.shape) * np.array(self._steps)
-        if self.lattice_step_ is None:
-            return targets
-        low, high = self._cell(targets)
-        return rng.uniform(low, high)
-
-    def _find_atoms(self, targets: np.ndarray) -> np.ndarray:
-        """Values of a fine lattice that stand out from their neighbours, such as a steering of exactly 0."""
-        if self.lattice_step_ is None or self.lattice_step_ > FINE * targets.std():
-            return np.empty(0)
-        values, counts = np.unique(targets[:, 0], return_counts=True)
-        places = np.rint((values - values[0]) / self.lattice_step_).astype(int)
-        known = dict(zip(places.tolist(), counts.tolist(), strict=True))
-        beside = np.array([max(known.get(place - 1, 0), known.get(place + 1, 0)) for place in places.tolist()])
-        return values[(counts >= ATOM_SHARE * len(targets)) & (counts >= ATOM_HEIGHT * beside)]
-
-    def _slabs(self, space: TargetSpace) -> list[tuple[float, float]]:
-        """Cells of the atoms in the model space of a fitted space, as far as they are of even density there."""
-        if not len(self._atoms):
-            return []
-        low, high = (torch.as_tensor(end)[:, None] for end in self._cell(self._atoms))
-        ends = torch.cat([space.to_model(low), space.to_model(high)], 1)
-        slope = space.log_abs_det_jacobian(low) - space.log_abs_det_jacobian(high)
-        even = ends.isfinite().all(1) & (ends[:, 0] < ends[:, 1]) & (slope.abs() < UNEVEN)
-        return [(low, high) for low, high in ends[even].tolist()]
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -610,10 +513,11 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             None if self.frequency_scale == "auto" else float(self.frequency_scale), self._dropout(x.shape[1], rows)
         )
 
-        if len(self._atoms):
+        slabs: list[tuple[float, float]] = []
+        if len(self._point_masses):
             space = copy.deepcopy(space)
-            space.fit(data[1])  # the atoms' cells are told in its units
-        slabs = self._slabs(space)
+            space.fit(data[1])  # the uniform components are told in its units
+            slabs = self.target_.uniform_components(space, self._point_masses, self.lattice_step_ or 0.0)
 
         def builder(trials: Sequence[_Trial]) -> Any:
             endless = itertools.cycle(trials)
@@ -981,7 +885,19 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             name=name, count=count, estimator=type(self).__name__, expected=self.n_features_in_,
         )  # fmt: skip
 
-    def _inputs(self, X: Any) -> np.ndarray:
+    def encode(self, X: Any) -> np.ndarray:
+        """The inputs of the model: the columns of a table as :class:`~energyreg.tables.TablePreprocessor` returns them.
+
+        Args:
+            X: Table of B rows with the columns of the training.
+
+        Returns:
+            Shape (B, F), float32: numbers first, then codes of categories.
+
+        Raises:
+            ValueError: If the columns are not those of the training, or hold values of another kind.
+            sklearn.exceptions.NotFittedError: If the estimator has not been fitted.
+        """
         from sklearn.utils.validation import check_is_fitted
 
         check_is_fitted(self)
@@ -1012,13 +928,13 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             ValueError: If the columns are not those of the training, or hold values of another kind.
             sklearn.exceptions.NotFittedError: If the estimator has not been fitted.
         """
-        x = self._inputs(X)
+        x = self.encode(X)
         with self._threads():
             return self._distribution(x)
 
     def _by_blocks(self, X: Any, function: Any) -> np.ndarray:
         """Apply a function of a distribution to blocks of rows, and join what it returns along the first dimension."""
-        x = self._inputs(X)
+        x = self.encode(X)
         with self._threads():
             blocks = [x[start : start + PREDICTION_ROWS] for start in range(0, len(x), PREDICTION_ROWS)]
             parts = [function(self._distribution(block)).double().cpu().numpy() for block in blocks]
@@ -1041,16 +957,8 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         if kind not in KINDS_OF_PREDICTION:
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, KINDS_OF_PREDICTION))}.")
         values = self._by_blocks(X, lambda p: getattr(p, kind))
-        values = np.maximum(values, 0.0) if self._counts() else values
-        values = values if kind == "mean" else self._whole(values)
+        values = self.target_.clip(values) if kind == "mean" else self.target_.round(values)
         return values[:, 0] if self.n_outputs_ == 1 else values
-
-    def _counts(self) -> bool:
-        return self.n_outputs_ == 1 and self._targets_of(1)[0] == "count"
-
-    def _whole(self, values: np.ndarray) -> np.ndarray:
-        """Values of counts to whole numbers ≥ 0: the quantile of a count is that of the continuous one, rounded."""
-        return np.maximum(np.floor(values + 0.5), 0.0) if self._counts() else values
 
     def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
         """Equal-tailed interval of each row, and of each output by itself.
@@ -1071,9 +979,9 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         """
         _check_level(level)
         if hasattr(self, "conformal_intervals_"):
-            x = self._inputs(X)
-            return self._whole(self.conformal_intervals_(x, level).double().cpu().numpy())
-        return self._whole(self._by_blocks(X, lambda p: p.interval(level)))
+            x = self.encode(X)
+            return self.target_.round(self.conformal_intervals_(x, level).double().cpu().numpy())
+        return self.target_.round(self._by_blocks(X, lambda p: p.interval(level)))
 
     def predict_quantiles(self, X: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
         """Quantiles of each row, and of each output by itself.
@@ -1093,7 +1001,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             _check_level(level, "levels")
         if self.__sklearn_is_fitted__() and self.n_outputs_ > 1:
             return self._by_blocks(X, lambda p: p.central_quantiles(levels).transpose(0, 1))
-        return self._whole(self._by_blocks(X, lambda p: p.quantile(torch.tensor(levels, dtype=torch.double)).T))
+        return self.target_.round(self._by_blocks(X, lambda p: p.quantile(torch.tensor(levels, dtype=torch.double)).T))
 
     def predict_highest_density_region(self, X: Any, level: float = 0.9) -> HighestDensityRegion:
         """The smallest region of each row with this probability; for one output a union of intervals.
@@ -1108,7 +1016,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             ValueError: If the level is not in (0, 1), or X does not fit.
         """
         _check_level(level)
-        x = self._inputs(X)
+        x = self.encode(X)
         with self._threads():
             if hasattr(self, "conformal_regions_"):
                 return self.conformal_regions_(x, level)
@@ -1134,7 +1042,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         state = check_random_state(self.random_state if random_state is None else random_state)
         generator = torch.Generator().manual_seed(int(state.randint(2**31 - 1)))
         draws = self._by_blocks(X, lambda p: p.sample((int(n_samples),), generator=generator).transpose(0, 1))
-        return self._whole(draws[..., 0] if self.n_outputs_ == 1 else draws)
+        return self.target_.round(draws[..., 0] if self.n_outputs_ == 1 else draws)
 
     def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
         """Log-density of each target, in nats and the units of y.
@@ -1154,7 +1062,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         """
         if y is None:
             return -self._by_blocks(X, lambda p: p.entropy())
-        x = self._inputs(X)
+        x = self.encode(X)
         targets = read_targets(y, "y", len(x))
         if targets.shape[1] != self.n_outputs_:
             raise ValueError(f"y has {targets.shape[1]} column(s), but the estimator predicts {self.n_outputs_}.")
@@ -1163,35 +1071,35 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             for start in range(0, len(x), PREDICTION_ROWS):
                 rows = slice(start, start + PREDICTION_ROWS)
                 p = self._distribution(x[rows])
-                parts.append(self._log_density(p, targets[rows]))
+                parts.append(self.log_density(p, targets[rows]))
         return np.concatenate(parts)
 
-    def _log_density(self, p: PredictiveDistribution, targets: np.ndarray) -> np.ndarray:
+    def log_density(self, p: PredictiveDistribution, targets: np.ndarray) -> np.ndarray:
+        """Log-densities as :meth:`score_samples` counts them, by a distribution that is there already.
+
+        Args:
+            p: What :meth:`predict_distribution` returned for B rows.
+            targets: Their targets, shape (B, D).
+
+        Returns:
+            Shape (B,).
+        """
         if self.lattice_step_ is None:
             return p.log_prob(torch.as_tensor(targets)).double().cpu().numpy()
-        possible = self._possible(targets)
-        target = self._targets_of(1)[0]
-        inside = sum(target[1:]) / 2 if isinstance(target, tuple) else self.lattice_step_
-        low, high = self._cell(np.where(possible, targets, inside))
+        kind = self.target_.kinds[0]
+        possible = kind.possible(targets)
+        low, high = kind.bins(np.where(possible, targets, kind.inside(self.lattice_step_)), self.lattice_step_)
         log_probability = self._log_probability(p, low[None, :, 0], high[None, :, 0])[0]
         return np.where(possible[:, 0], log_probability - np.log(high - low)[:, 0], -np.inf)
-
-    def _possible(self, values: np.ndarray) -> np.ndarray:
-        """Whether values are within the target space, and whole numbers where they count something."""
-        target = self._targets_of(1)[0]
-        if target == "count":
-            return (values >= 0) & (values == np.floor(values))
-        if target == "positive":
-            return values > 0
-        return (target[1] <= values) & (values <= target[2]) if isinstance(target, tuple) else np.isfinite(values)
 
     def _log_probability(self, p: PredictiveDistribution, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Log-probability of intervals, (S, B): by the cdf, or from the density where the difference is lost."""
         ends = torch.as_tensor(np.stack([low, high]))
         cdf = p.cdf(ends[..., None]).double().cpu()
         difference = (cdf[1] - cdf[0]).clamp_min(0).numpy()
-        if self._counts():  # what lies below 0 belongs to nothing
-            below = p.cdf(torch.full((1, len(low[0]), 1), -0.5, dtype=torch.double)).double().cpu().numpy()
+        edge = self.target_.first_bin_edge
+        if edge is not None:  # what lies below belongs to no value
+            below = p.cdf(torch.full((1, len(low[0]), 1), edge, dtype=torch.double)).double().cpu().numpy()
             difference = difference / (1 - below)
         small = difference < 1e-3
         with np.errstate(divide="ignore"):
@@ -1204,7 +1112,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
                 density = p.log_prob(place[..., None]).double().cpu().numpy()
                 total = np.logaddexp(total, density + math.log(share))
             total = total + np.log(high - low)
-            result = np.where(small, total - (np.log(1 - below) if self._counts() else 0.0), result)
+            result = np.where(small, total - (0.0 if edge is None else np.log(1 - below)), result)
         return result
 
     def predict_probabilities(self, X: Any, values: Any) -> np.ndarray:
@@ -1222,7 +1130,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             ValueError: If the targets were neither counts nor rounded, a value is outside their space, or X does not
                 fit.
         """
-        x = self._inputs(X)
+        x = self.encode(X)
         if self.lattice_step_ is None:
             raise ValueError(
                 "predict_probabilities is for counts and rounded targets, but those of fit were continuous, where a "
@@ -1231,12 +1139,12 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
         values = np.atleast_1d(np.asarray(values, dtype=float))
         if values.ndim != 1 or not np.isfinite(values).all():
             raise ValueError(f"values has shape {values.shape}; expected finite numbers, shape (V,).")
-        impossible = values[~self._possible(values)]
-        if len(impossible) and self._counts():
+        impossible = values[~self.target_.kinds[0].possible(values)]
+        if len(impossible) and self.target_.counts:
             raise ValueError(f"values holds {impossible[0]:.9g}, which is no count; expected whole numbers ≥ 0.")
         if len(impossible):
             raise ValueError(f"values holds {impossible[0]:.9g}, outside the targets' space {self.target!r}.")
-        low, high = self._cell(values)
+        low, high = self.target_.bins(values, self.lattice_step_)
         with self._threads():
             p = self._distribution(x)
             ends = [np.broadcast_to(end[:, None], (len(values), len(x))) for end in (low, high)]
@@ -1316,6 +1224,7 @@ class EnergyRegressor(RegressorMixin, BaseEstimator):
             self.feature_names_in_ = np.asarray(state["feature_names"], dtype=object)
         self.space_ = model.space
         self.n_features_in_, self.n_outputs_, self.n_iter_ = state["n_features"], state["n_outputs"], state["n_iter"]
+        self.target_ = Target.parse(self.target, self.n_outputs_)
         one = model.factors[0] if isinstance(model, EnergyChain) else model
         self.frequency_scales_, self.dropouts_ = state["frequency_scales"], state["dropouts"]
         self.member_weights_ = _weights_of(model)
@@ -1414,26 +1323,6 @@ def _check_level(level: Any, name: str = "level") -> None:
         raise ValueError(f"{name} is {level!r}; expected a probability between 0 and 1, such as 0.9.")
 
 
-def _one_space(target: Any, count: int) -> TargetSpace:
-    if target in ("real", "count"):
-        return Real(count)
-    if isinstance(target, str) and target == "positive":
-        return Positive(count)
-    if isinstance(target, (tuple, list)) and len(target) == 3 and target[0] in ("interval", "circle"):
-        _, low, high = target
-        fine = all(isinstance(end, numbers.Real) and math.isfinite(end) for end in (low, high))
-        if not fine or not low < high:
-            raise ValueError(f"target is {target!r}; expected finite numbers with low < high.")
-        low, high = float(low), float(high)
-        return Interval(low, high, dim=count) if target[0] == "interval" else Circle(high - low, low, dim=count)
-    if isinstance(target, TargetSpace):
-        raise ValueError("target is a list with a target space in it; pass energyreg.spaces.Product(...) of all.")
-    raise ValueError(
-        f'target is {target!r}; expected "real", "positive", ("interval", low, high), ("circle", low, high), "count", '
-        "or a space of energyreg.spaces."
-    )
-
-
 def _weights(sample_weight: Any, rows: int) -> np.ndarray:
     if sample_weight is None:
         return np.ones(rows)
@@ -1450,26 +1339,6 @@ def _weights(sample_weight: Any, rows: int) -> np.ndarray:
     if not (weights > 0).any():
         raise ValueError("All sample weights are zero: sample_weight must have a number above zero for some row.")
     return weights
-
-
-def _step(values: np.ndarray) -> float | None:
-    """The step of a lattice on which all values lie, where ties show that they are rounded; else None."""
-    known = np.unique(values)
-    if len(known) < 2 or len(known) > 0.5 * len(values):
-        return None
-    gaps = np.diff(known)
-    # Decimal steps first: the least gap between rounded values may be several of them.
-    step = float(gaps.min())
-    if step <= 64 * np.spacing(np.abs(known).max()):
-        return None
-    decimal = 10.0 ** math.floor(math.log10(step) + 1e-9)
-    for candidate in (float(f"{step:.6g}"), step, 5 * decimal, 2 * decimal, decimal):
-        if candidate > step * (1 + 1e-6):
-            continue
-        places = (known - known[0]) / candidate
-        if np.abs(places - np.rint(places)).max() < 1e-3:
-            return candidate
-    return None
 
 
 def _plain(value: Any) -> Any:

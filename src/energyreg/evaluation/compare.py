@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from energyreg.evaluation.forecasts import LinearForecast, MarginalForecast, periods_of, rounding_ends
+from energyreg.evaluation.forecasts import LinearForecast, MarginalForecast
 from energyreg.evaluation.scores import (
     ALL_LEVELS,
     LEVELS,
@@ -67,7 +67,7 @@ def _score(
 ) -> tuple[RowScores, RowScores]:
     """Scores of a chunk of rows: of the model, by blocks, and of the constant forecast."""
     rows, outputs = y.shape
-    within, periods = _within_rounding(regressor, y, rng), periods_of(regressor)
+    within, periods = _within_rounding(regressor, y, rng), regressor.target_.periods
     own = []
     for start in range(0, rows, BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
@@ -83,7 +83,7 @@ def _score(
 
 def _within_rounding(regressor: EnergyRegressor, y: Array, rng: np.random.Generator) -> Array:
     """The targets, each drawn from the values that round to it where the estimator takes them as rounded."""
-    return y if regressor.lattice_step_ is None else rng.uniform(*rounding_ends(regressor, y))
+    return y if regressor.lattice_step_ is None else rng.uniform(*regressor.target_.bins(y, regressor.lattice_step_))
 
 
 def _score_model(
@@ -92,11 +92,6 @@ def _score_model(
     """Scores of one block of rows, from one predictive distribution, which keeps its points for the next question."""
     rows, outputs = y.shape
     p = regressor.predict_distribution(table)
-    counts = regressor.target == "count"
-
-    def whole(values: Array) -> Array:  # as `EnergyRegressor.predict_quantiles` has it
-        return np.maximum(np.floor(values + 0.5), 0.0) if counts else values
-
     if outputs == 1:
         quantiles = _numbers(p.quantile(torch.tensor(ALL_LEVELS, dtype=torch.double))).T[..., None]
         pit = _numbers(p.cdf(torch.as_tensor(within)))[:, None]
@@ -112,14 +107,13 @@ def _score_model(
         low, high = np.moveaxis(np.stack(found, 1), -1, 0)
         intervals = low, high
     elif any(periods) and outputs == 1:  # the quantiles count from where the circle is cut, intervals from the mean
-        central = whole(
-            np.moveaxis(_numbers(p.central_quantiles(sorted(TAILS))), 0, 1)
-        )  # rising: arcs begin at the first
+        rising = np.moveaxis(_numbers(p.central_quantiles(sorted(TAILS))), 0, 1)  # as arcs begin at the first
+        central = regressor.target_.round(rising)
         wanted = np.argsort(np.argsort(TAILS))
         intervals = central[:, wanted[: len(LEVELS)]], central[:, wanted[len(LEVELS) :]]
     mean = _numbers(p.mean).reshape(rows, outputs)
     return score_quantiles(
-        y, whole(quantiles), nll=-regressor._log_density(p, y), mean=np.maximum(mean, 0.0) if counts else mean,
+        y, regressor.target_.round(quantiles), nll=-regressor.log_density(p, y), mean=regressor.target_.clip(mean),
         pit=pit.clip(0, 1), periods=periods, intervals=intervals,
     )  # fmt: skip
 
@@ -150,7 +144,7 @@ def evaluate_linear(
     """
     if len(y) < 8:
         raise ValueError(f"table has {len(y)} rows; expected at least 8 to fit a line to some and score the others.")
-    periods = periods_of(regressor)
+    periods = regressor.target_.periods
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(y))
     within = _within_rounding(regressor, y, rng)
@@ -160,9 +154,7 @@ def evaluate_linear(
         forecast = LinearForecast(regressor, table.iloc[kept], y[kept])
         forecasts.append((held, forecast))
         rows = table.iloc[held]
-        quantiles = forecast.quantiles(rows, ALL_LEVELS)
-        if regressor.target == "count":
-            quantiles = np.maximum(np.floor(quantiles + 0.5), 0.0)
+        quantiles = regressor.target_.round(forecast.quantiles(rows, ALL_LEVELS))
         parts.append(
             score_quantiles(
                 y[held], quantiles, nll=-forecast.log_density(rows, y[held]), mean=quantiles[:, :QUANTILES].mean(1),

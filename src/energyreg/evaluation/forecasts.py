@@ -46,7 +46,7 @@ class MarginalForecast:
         with torch.no_grad():
             z = self.reference.from_unit(levels[:, None].expand(-1, self.outputs).to(self._dtype))
             self.points = np.sort(self.space.to_user(z).double().cpu().numpy(), axis=0)
-        self.mean = np.array([_mean(self.points[:, d], period) for d, period in enumerate(periods_of(regressor))])
+        self.mean = np.array([_mean(self.points[:, d], period) for d, period in enumerate(regressor.target_.periods)])
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -66,9 +66,10 @@ class MarginalForecast:
             log_p: Array = torch.where(self.space.contains(target), result, -math.inf).numpy()
             if step is None:
                 return log_p
-            low, high = rounding_ends(self.regressor, y)
+            low, high = self.regressor.target_.bins(y, step)
             mass = (self._cdf(high) - self._cdf(low))[:, 0]
-        total = 1.0 - float(self._cdf(np.full((1, 1), -0.5))[0, 0]) if self.regressor.target == "count" else 1.0
+        edge = self.regressor.target_.first_bin_edge
+        total = 1.0 if edge is None else 1.0 - float(self._cdf(np.full((1, 1), edge))[0, 0])
         with np.errstate(divide="ignore"):
             return np.where(mass > 1e-6, np.log(mass / total / (high - low)[:, 0]), log_p - math.log(total))
 
@@ -96,7 +97,7 @@ class LinearForecast:
     """
 
     def __init__(self, regressor: EnergyRegressor, table: Any, y: Array) -> None:
-        self.regressor, self.space, self.periods = regressor, regressor.model_.space, periods_of(regressor)
+        self.regressor, self.space, self.periods = regressor, regressor.model_.space, regressor.target_.periods
         self.circles = np.array([period > 0 for period in self.periods])
         x, z = self._design(table), self._to_model(y)
         self.centre = x.mean(0)
@@ -117,7 +118,7 @@ class LinearForecast:
         self.scale = np.sqrt(np.diag(self.covariance))
 
     def _design(self, table: Any) -> Array:
-        x = self.regressor._inputs(table).astype(np.float64)
+        x = self.regressor.encode(table).astype(np.float64)
         sizes = self.regressor.preprocessor_.cardinalities_
         numbers = x.shape[1] - len(sizes)
         codes = x[:, numbers:].astype(int)
@@ -146,14 +147,15 @@ class LinearForecast:
         """Log-density of targets (B, D), shape (B,), counted as `EnergyRegressor.score_samples` counts it."""
         location = self.location(table)
         if self.regressor.lattice_step_ is not None:
-            low, high = rounding_ends(self.regressor, y)
+            low, high = self.regressor.target_.bins(y, self.regressor.lattice_step_)
             ends = []
             for end, beyond in ((low, -np.inf), (high, np.inf)):  # a bound of the space is its end
                 inside = self.space.contains(torch.as_tensor(end)).cpu().numpy()
                 z = (self._to_model(end)[:, 0] - location[:, 0]) / self.scale[0]
                 ends.append(np.where(inside, z, beyond))
-            if self.regressor.target == "count":
-                below = (self._to_model(np.full_like(y, -0.5))[:, 0] - location[:, 0]) / self.scale[0]
+            edge = self.regressor.target_.first_bin_edge
+            if edge is not None:
+                below = (self._to_model(np.full_like(y, edge))[:, 0] - location[:, 0]) / self.scale[0]
                 return _log_normal_mass(*ends) - _log_normal_mass(below, np.full_like(below, np.inf))
             return _log_normal_mass(*ends) - np.log(high - low)[:, 0]
         residual = self._residual(self._to_model(y), location)
@@ -189,26 +191,6 @@ class LinearForecast:
         location = self.location(table)
         noise = rng.standard_normal((len(location), count, len(self.circles)))
         return self._to_user(location[:, None] + noise @ np.linalg.cholesky(self.covariance).T)
-
-
-def periods_of(regressor: EnergyRegressor) -> list[float]:
-    """The period of each output of an estimator; 0 for one that is not periodic."""
-    given = regressor.target
-    kinds = given if isinstance(given, list) else [given] * regressor.n_outputs_
-    circles = [isinstance(kind, tuple) and kind[0] == "circle" for kind in kinds]
-    return [float(kind[2] - kind[1]) if circle else 0.0 for kind, circle in zip(kinds, circles, strict=True)]
-
-
-def rounding_ends(regressor: EnergyRegressor, y: Array) -> tuple[Array, Array]:
-    """Ends of the values that round to each target, within the target space, shape (B, 1) each."""
-    half = (regressor.lattice_step_ or 0.0) / 2
-    low, high = y - half, y + half
-    target = regressor.target[0] if isinstance(regressor.target, list) else regressor.target
-    if target == "positive":
-        low = np.maximum(low, y / 2)
-    elif isinstance(target, tuple):
-        low, high = np.maximum(low, target[1]), np.minimum(high, target[2])
-    return low, high
 
 
 def reference_of(model: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from energyreg.evaluation.forecasts import MARGINAL_POINTS, LinearForecast, MarginalForecast, periods_of
+from energyreg.evaluation.forecasts import MARGINAL_POINTS, LinearForecast, MarginalForecast
 from energyreg.evaluation.scores import Array
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def evaluate_jointly(
     rng = np.random.default_rng(seed)
     count, outputs = y.shape
     marginal = MarginalForecast(regressor)
-    periods, scales = periods_of(regressor), marginal.points.std(0).clip(1e-12)
+    periods, scales = regressor.target_.periods, marginal.points.std(0).clip(1e-12)
     draws = regressor.sample(table, JOINT_SAMPLES, random_state=int(rng.integers(2**31)))
     levels = []
     for start in range(0, count, 256):

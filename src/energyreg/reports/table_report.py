@@ -108,13 +108,7 @@ class _Rows:
 
     def circle(self, d: int) -> tuple[float, float] | None:
         """Ends of the range of an output that lies on a circle."""
-        kind = self.kind(d)
-        return (float(kind[1]), float(kind[2])) if isinstance(kind, tuple) and kind[0] == "circle" else None
-
-    def kind(self, d: int) -> Any:
-        """The kind of an output, as the estimator was told."""
-        target = self.regressor.target
-        return target[d] if isinstance(target, list) else target
+        return self.regressor.target_.kinds[d].circle
 
     def show(self, value: float) -> str:
         return _minus(f"{value:.4g}")
@@ -579,7 +573,7 @@ def _densities(rows: _Rows, modes: Modes, several: Sequence[int]) -> tuple[Secti
     kind = (
         "The bars are the probabilities of the counts; the number at the right is the log-probability of what was "
         "observed (the dashed line)."
-        if rows.kind(0) == "count" and rows.one
+        if rows.regressor.target_.counts
         else "The strong colour holds 90% of the probability in the smallest region. The dashed line is what was "
         "observed, the number at the right is log p there."
         if rows.one
@@ -650,7 +644,7 @@ def _one_density(rows: _Rows, row: int, title: str, note: str) -> Drawing:
     number = rows.numbers[row]
     observed, target = float(rows.y[row, 0]), rows.targets[0]
     begin = f"Predicted density of {target} for row {number}."
-    if rows.kind(0) == "count":
+    if rows.regressor.target_.counts:
         low, high = rows.regressor.predict_quantiles(one_row, [0.001, 0.999])[0]
         values = np.arange(math.floor(low), math.floor(high) + 1, dtype=float)
         if len(values) <= 80:
@@ -732,7 +726,7 @@ def _surprises(rows: _Rows, keys: Mapping[int, str]) -> Section:
 def _modes(rows: _Rows, count: int) -> Modes:
     """Pronounced modes of the first rows; of counts, of the probabilities."""
     table = rows.table.iloc[:count]
-    if rows.one and rows.kind(0) == "count":
+    if rows.regressor.target_.counts:
         most = float(rows.regressor.predict_quantiles(table, [1 - 1e-4]).max())
         if most < MOST_COUNTS:
             values = np.arange(most + 2)
