@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "networks": {"densities"},
     "objectives": {"inference"},
     "models": {"networks", "objectives"},
-    "training": {"models"},
+    "training": {"models", "plots"},
     "tables": {"ground"},
     "images": {"tables"},
     "estimators": {"training", "images"},

@@ -81,7 +81,7 @@ def test_examples_are_chosen_by_rule(tiny):
     assert demo.choose_examples(p, y)[0] == rows
 
 
-def test_humps_of_a_known_density():
+def test_the_two_modes_of_a_known_density():
     class TwoUniforms:
         """30% on (0, 1) and 70% on (4, 5), for three rows."""
 
@@ -89,11 +89,11 @@ def test_humps_of_a_known_density():
             return (0.3 * y.clamp(0, 1) + 0.7 * (y - 4).clamp(0, 1))[..., 0]
 
     both = torch.tensor([[0.0, 1.0], [4.0, 5.0]])
-    humps = demo.two_humps(TwoUniforms(), [both, both[:1], both])
-    assert list(humps) == [0, 2]
-    assert humps[2] == demo.Humps(*(pytest.approx(v) for v in (0.3, 0.7, 1.0, 1.0, 3.0)))
-    assert humps[2].unlike(0.3) < humps[2].unlike(0.5)
-    assert demo.two_humps(TwoUniforms(), [both[:1]] * 3) == {}
+    pairs = demo.two_modes(TwoUniforms(), [both, both[:1], both])
+    assert list(pairs) == [0, 2]
+    assert pairs[2] == demo.TwoModes(*(pytest.approx(v) for v in (0.3, 0.7, 1.0, 1.0, 3.0)))
+    assert pairs[2].unlike(0.3) < pairs[2].unlike(0.5)
+    assert demo.two_modes(TwoUniforms(), [both[:1]] * 3) == {}
 
 
 @pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "0"], ["--threads", "0"], ["--seed", "x"]])

@@ -24,7 +24,7 @@ from energyreg.estimators.image import load_estimator  # noqa: E402
 from energyreg.evaluation import compare  # noqa: E402
 from energyreg.models import checkpoint  # noqa: E402
 from energyreg.reports import page as report  # noqa: E402
-from energyreg.reports import table_report  # noqa: E402
+from energyreg.reports import row_sections, table_report  # noqa: E402
 
 COUNT = 40
 TINY = ["--epochs", "1", "--members", "1", "--threads", "1", "--image-size", "32", "--backbone", "timm:test_resnet"]
@@ -285,7 +285,7 @@ def test_report_shows_images_beside_their_densities(page, model, frame):
     photos = re.findall(r'<img class="photo" src="data:image/jpeg;base64,([^"]+)" alt="([^"]+)">\s*<svg', page)
     assert len(photos) == page.count("<img") >= 12
     sizes = [Image.open(io.BytesIO(base64.b64decode(photo))).size for photo, _ in photos]
-    assert all(max(size) <= table_report.THUMBNAIL for size in sizes) and (16, 20) in sizes
+    assert all(max(size) <= row_sections.THUMBNAIL for size in sizes) and (16, 20) in sizes
     regressor = er.ImageRegressor.load(model)
     interval = regressor.predict_interval(frame, 0.9)
     width, score = interval[:, 1] - interval[:, 0], regressor.score_samples(frame, frame["age"])
@@ -321,7 +321,7 @@ def test_report_refuses_images_of_other_rows(model, frame):
 
 def test_several_targets_of_an_image_are_joint(folder, data, tmp_path, monkeypatch):
     for name in ("SHOWN_IMAGES", "SPREAD", "SURPRISING", "SEVERAL"):
-        monkeypatch.setattr(table_report, name, 1)
+        monkeypatch.setattr(row_sections, name, 1)
     frame = pd.read_csv(data)
     frame["file"] = [str(folder / name) for name in frame["file"]]
     frame.assign(height=150 + frame["age"] / 5).to_parquet(tmp_path / "t.parquet")

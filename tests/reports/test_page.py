@@ -10,6 +10,7 @@ import torch
 
 import energyreg as er
 from energyreg.reports import page as report
+from energyreg.reports.numbers import fixed, number, small
 from energyreg.reports.page import Example, ModelResult, Partition, Report, Score
 from tests.html_page import Page
 
@@ -217,7 +218,27 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(plain, tmp_path):
     [(0.0, "0"), (0.0123, "0.012"), (4.84e-7, "4.8·10⁻⁷"), (2e-12, "2.0·10⁻¹²"), (float("nan"), "nan")],
 )
 def test_small_numbers_read_well(value, text):
-    assert report._small(value) == text
+    assert small(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (74123.4, "74,123"),
+        (-2.5e6, "−2,500,000"),
+        (2026.0, "2026"),
+        (9999.7, "10,000"),
+        (0.12345, "0.1235"),
+        (1e-7, "1e-07".replace("-", "−")),
+    ],
+)
+def test_numbers_have_no_exponent_that_nobody_needs(value, text):
+    assert number(value) == text
+
+
+def test_numbers_of_one_size_have_the_same_decimals():
+    assert [fixed(74_123.0)(value) for value in (74_123.4, -12.0)] == ["74,123", "−12"]
+    assert [fixed(0.5)(value) for value in (0.5, 12.0)] == ["0.5000", "12.0000"]
 
 
 def test_sections_are_sound_and_trust_no_text(html):

@@ -1,5 +1,6 @@
 """The numbers of a report on a table agree with independent ones, and its page says what it shows."""
 
+import math
 import re
 from itertools import pairwise
 
@@ -12,11 +13,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 stats = pytest.importorskip("scipy.stats")
 
-from energyreg import evaluation  # noqa: E402
+from energyreg import evaluation, plots  # noqa: E402
 from energyreg.densities import spaces  # noqa: E402
 from energyreg.reports import page as report  # noqa: E402
-from energyreg.reports import table_report  # noqa: E402
+from energyreg.reports import row_sections, score_sections, table_report  # noqa: E402
+from energyreg.reports import rows as report_rows  # noqa: E402
 from energyreg.reports.page import Drawing, Gallery, GalleryItem, Section, SectionedReport, Table  # noqa: E402
+from energyreg.reports.rows import ReportRows, bootstrap_means, by_chance, ends_of_bootstrap, marked  # noqa: E402
 from tests.fitted import KINDS, fitted, rows, targets  # noqa: E402
 from tests.html_page import Page  # noqa: E402
 
@@ -37,17 +40,17 @@ PAGES = {kind: names for kind, names in KINDS.items() if kind != "positive"}
     ],
 )
 def test_modes_of_counts(shares, modes):
-    found = table_report._modes_of_counts(np.arange(4.0), np.array([shares]))
+    found = row_sections._modes_of_counts(np.arange(4.0), np.array([shares]))
     assert found.values[0][:, 0].tolist() == modes
     assert float(found.probabilities[0].sum()) == pytest.approx(1)
     assert found.counts.tolist() == [len(modes)]
 
 
 def test_chance_is_the_binomial_distribution():
-    low, high = table_report._by_chance(50, 0.9)
+    low, high = by_chance(50, 0.9)
     inside = [k for k in range(51) if low <= k / 50 <= high]
     assert 0.95 <= stats.binom.pmf(inside, 50, 0.9).sum() < 0.99
-    assert [table_report._marked(share, low, high)[-1] for share in (0.7, 0.9, 1.0)] == ["↓", "%", "↑"]
+    assert [marked(share, low, high)[-1] for share in (0.7, 0.9, 1.0)] == ["↓", "%", "↑"]
 
 
 @pytest.mark.parametrize(
@@ -61,13 +64,13 @@ def test_chance_is_the_binomial_distribution():
     ],
 )
 def test_groups_part_the_rows(values, groups):
-    found = table_report._levels_of(pd.Series(values))
+    found = score_sections._levels_of(pd.Series(values))
     assert [name for name, _ in found] == groups
     assert (np.sum([chosen for _, chosen in found], 0) == 1).all()
 
 
 def test_dates_are_grouped_by_quarters():
-    found = table_report._levels_of(pd.Series(pd.date_range("2024-01-01", periods=40)))
+    found = score_sections._levels_of(pd.Series(pd.date_range("2024-01-01", periods=40)))
     assert len(found) == 4 and found[0][0].startswith("2024-01-01 to 2024-01-1")
 
 
@@ -80,9 +83,9 @@ def pages():
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SPREAD", "SURPRISING", "SEVERAL"):  # fewer figures: they take most of the time
-            patch.setattr(table_report, name, 2)
+            patch.setattr(row_sections, name, 2)
         patch.setattr(table_report, "JOINT_MODE_ROWS", 2)
-        patch.setattr(table_report, "BOOTSTRAPS", 50)
+        patch.setattr(report_rows, "BOOTSTRAPS", 50)
         for kind, names in PAGES.items():
             steps = []
             described = table_report.describe(
@@ -153,7 +156,7 @@ def test_differences_to_baselines_have_their_intervals(pages):
 
 def test_bootstrap_interval_is_that_of_the_mean():
     values = np.random.default_rng(0).normal(3, 2, (400, 1))
-    low, high = table_report._ends(table_report._bootstrap_means(values, 0)[:, 0])
+    low, high = ends_of_bootstrap(bootstrap_means(values, 0)[:, 0])
     # A standard error of 0.1; the ends of 400 resamples are within 10% of its 1.96-fold.
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.15)
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.03)
@@ -164,16 +167,24 @@ def test_an_infinite_score_is_said():
     y = targets("positive", y)[:, None]
     y[5] = -1.0
     scores = evaluation.evaluate(fitted("positive"), [(table, y)])
-    some = table_report._Rows(
+    some = ReportRows(
         fitted("positive"), table, y, [str(i) for i in range(60)], ["y"], scores, None, {}, {}, 60, 0
     )  # fmt: skip
-    assert "zero at the observed values of 1 of 60 rows" in table_report._summary(some)[0]
-    assert table_report._scores(some).tables[0].rows[0][1] == "infinite"
+    assert "zero at the observed values of 1 of 60 rows" in score_sections.summary(some)[0]
+    assert score_sections.scores(some).tables[0].rows[0][1] == "infinite"
+
+
+def test_the_verdict_says_how_much_higher_the_density_is(pages):
+    sentence = pages["real"][0].summary[0]
+    factor, gain = (
+        float(re.search(p, sentence)[1].replace("−", "-")) for p in (r"typically (\S+) times", r"log p: (\S+) nats")
+    )
+    assert math.log(factor) == pytest.approx(gain, abs=0.01)
 
 
 def test_few_rows_have_no_linear_baseline(monkeypatch):
     for name in ("SPREAD", "SURPRISING", "SEVERAL"):
-        monkeypatch.setattr(table_report, name, 1)
+        monkeypatch.setattr(row_sections, name, 1)
     table, y = rows(5, seed=12)
     page = table_report.describe(fitted("real"), table, y[:, None], ["y"], title="T")
     assert list(page.sections[1].tables[0].headings) == ["Score", "Model", "Marginal", "Model − marginal"]
@@ -250,7 +261,7 @@ def test_without_a_script_everything_is_shown(pages):
 
 def test_hostile_texts_in_tables_and_galleries_are_shown_not_obeyed():
     bad = """<script>alert(1)</script>"'&</style>{{ 7 * 7 }}"""
-    drawing = Drawing(lambda: table_report.plots.pit_histogram([0.2, 0.7]), bad, bad, bad)
+    drawing = Drawing(lambda: plots.pit_histogram([0.2, 0.7]), bad, bad, bad)
     section = Section(
         "s", bad, [bad],
         [Table(bad, [bad, "n"], [[{"text": bad, "href": "#s"}, {"text": "1", "sort": 1}]], True, {bad: [bad]}, (1,))],

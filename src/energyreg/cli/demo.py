@@ -101,21 +101,19 @@ SCORES = (
     Score(
         "nll",
         "Test NLL (nats)",
-        "Mean of −log p at the values that were observed. Lower is better. It tells densities apart best: 0.1 less "
-        "means that "
-        "the observed values got e^0.1 = 1.11 times the density, in the geometric mean.",
+        "Mean of −log p at the observed values. Lower is better. It tells densities apart best: 0.1 less means that "
+        "the density at the observed value is typically e^0.1 = 1.11 times as high.",
     ),
     Score(
         "crps",
         "CRPS (Å)",
         "How far the predicted distribution lies from the observed value, on average. Lower is better. For a "
-        "forecast without "
-        "any spread it is the absolute error.",
+        "forecast without any spread it is the absolute error.",
     ),
     Score(
         "coverage",
         "90% coverage",
-        "Share of observed values inside the predicted 90% intervals. Best at 90%: less means overconfident, more "
+        "Fraction of observed values inside the predicted 90% intervals. Best at 90%: less means overconfident, more "
         "means vague.",
         aim=LEVEL,
         format=".1%",
@@ -124,8 +122,7 @@ SCORES = (
         "interval_width",
         "90% width (Å)",
         "Mean width of those intervals. Narrower is better among models that keep their coverage. An interval must "
-        "bridge the "
-        "gap between two humps, so it hides what a model knows about them.",
+        "bridge the gap between two modes, so it hides what a model knows about them.",
         format=".2f",
     ),
     Score("train_seconds", "Training (s)", "Wall-clock time, with the validation after each epoch.", format=".1f"),
@@ -282,10 +279,9 @@ def summarise(runs: Mapping[str, Run], data: Protein, results: Mapping[str, Any]
     listed = ", ".join(f"{nll[name]:.3f} for the {in_text(name)}" for name in order)
     question = (
         "A computed shape of a protein is off by some distance, the RMSD in ångström. From nine properties of the "
-        "shape, three "
-        "networks with the same encoder predict this distance for shapes they have never seen, each as a whole "
-        "probability "
-        "density. Many inputs fit a good shape and a bad one alike, and then the density has two humps."
+        "shape, three networks with the same encoder predict this distance for shapes they have never seen, each as a "
+        "full predictive distribution. Many inputs fit a good shape and a bad one alike, and then the density has two "
+        "modes."
     )
     if order[0] != ENERGY:
         return [
@@ -298,8 +294,7 @@ def summarise(runs: Mapping[str, Run], data: Protein, results: Mapping[str, Any]
     )
     answer = (
         f"The energy-based model predicts best. On {len(data.test):,} test rows its mean −log p is the lowest: "
-        f"{listed} "
-        f"(nats, lower is better). Its lead, row by row: {gains} (± one standard error)."
+        f"{listed} (nats, lower is better). Its lead, row by row: {gains} (± one standard error)."
     )
     return [question, answer]
 
@@ -310,7 +305,7 @@ def in_text(name: str) -> str:
 
 
 def choose_examples(p: er.PredictiveDistribution, y: NDArray[np.float64]) -> tuple[list[int], list[Example]]:
-    """Choose rows by rule: three with two humps, a certain one, an uncertain one, and the most surprising one.
+    """Choose rows by rule: three with two modes, a certain one, an uncertain one, and the most surprising one.
 
     Args:
         p: What the energy-based model predicts for the test rows.
@@ -326,13 +321,13 @@ def choose_examples(p: er.PredictiveDistribution, y: NDArray[np.float64]) -> tup
     def choose(row: int, title: str, note: str) -> None:
         chosen.setdefault(row, Example(title, note, float(y[row, 0])))
 
-    humps = two_humps(p, intervals)
-    titles = {0.5: "Two humps, equally likely", 0.35: "Two humps, one favoured", 0.2: "One likely, one not ruled out"}
-    for share, title in titles.items():
-        if left := [row for row in humps if row not in chosen]:
-            row = min(left, key=lambda r: humps[r].unlike(share))
-            hump = humps[row]
-            note = f"{hump.low:.0%} and {hump.high:.0%} of the probability, in two regions {hump.gap:.1f} Å apart."
+    pairs = two_modes(p, intervals)
+    titles = {0.5: "Two modes, equally likely", 0.35: "Two modes, one favoured", 0.2: "One likely, one not ruled out"}
+    for fraction, title in titles.items():
+        if left := [row for row in pairs if row not in chosen]:
+            row = min(left, key=lambda r: pairs[r].unlike(fraction))
+            pair = pairs[row]
+            note = f"{pair.low:.0%} and {pair.high:.0%} of the probability, in two regions {pair.gap:.1f} Å apart."
             choose(row, title, note)
     order = np.argsort([float(interval.diff(dim=1).sum()) for interval in intervals])
     percent = len(order) // 100
@@ -347,7 +342,7 @@ def choose_examples(p: er.PredictiveDistribution, y: NDArray[np.float64]) -> tup
 
 
 @dataclass(frozen=True)
-class Humps:
+class TwoModes:
     """A region of two parts: probability of the lower and of the upper one, their widths, and the gap between them."""
 
     low: float
@@ -356,14 +351,14 @@ class Humps:
     high_width: float
     gap: float
 
-    def unlike(self, share: float) -> float:
-        """How far this is from two humps of similar height, wide apart, the smaller one with this share of both."""
+    def unlike(self, fraction: float) -> float:
+        """How far this is from two modes of similar height, wide apart, the smaller with this fraction of both."""
         small = min(self.low, self.high) / (self.low + self.high)
         heights = math.log((self.low / self.low_width) / (self.high / self.high_width))
-        return abs(small - share) + 0.1 * abs(heights) - 0.01 * self.gap
+        return abs(small - fraction) + 0.1 * abs(heights) - 0.01 * self.gap
 
 
-def two_humps(p: er.PredictiveDistribution, intervals: Sequence[Tensor]) -> dict[int, Humps]:
+def two_modes(p: er.PredictiveDistribution, intervals: Sequence[Tensor]) -> dict[int, TwoModes]:
     """The rows whose region has exactly two parts."""
     rows = [row for row, interval in enumerate(intervals) if len(interval) == 2]
     if not rows:
@@ -373,7 +368,9 @@ def two_humps(p: er.PredictiveDistribution, intervals: Sequence[Tensor]) -> dict
     parts = p.cdf(ends).double().cpu().diff(dim=0)
     widths = ends[..., 0].diff(dim=0)
     return {
-        row: Humps(*(float(v) for v in (parts[0, row], parts[2, row], widths[0, row], widths[2, row], widths[1, row])))
+        row: TwoModes(
+            *(float(v) for v in (parts[0, row], parts[2, row], widths[0, row], widths[2, row], widths[1, row]))
+        )
         for row in rows
     }
 
@@ -384,7 +381,7 @@ def run_full(settings: Sequence[Setting], seeds: Sequence[int], output: Path) ->
     Args:
         settings: Sizes and epochs.
         seeds: Seeds of weights, batches and dropout.
-        output: Folder of `results.json`, which is written anew after each run, so that an interrupt loses none.
+        output: Folder of `results.json`, which is written again after each run, so that an interrupt loses none.
 
     Returns:
         What `results.json` holds.
