@@ -11,6 +11,7 @@ from scipy.special import ndtr
 
 from energyreg.densities.spaces import Circle
 from energyreg.evaluation import metrics
+from energyreg.models.model import EnergyRegressionModel
 
 scoringrules = pytest.importorskip("scoringrules")
 
@@ -76,7 +77,7 @@ def gaussian(rows, loc=0.0, scale=1.0):
     return KnownMixture(torch.ones(rows, 1), torch.full((rows, 1), loc), torch.full((rows, 1), scale))
 
 
-def two_humps(rows):
+def two_modes(rows):
     generator = torch.Generator().manual_seed(1)
     weights = torch.rand(rows, 3, generator=generator) + 0.1
     means = 4 * torch.randn(rows, 3, generator=generator)
@@ -85,7 +86,7 @@ def two_humps(rows):
 
 @pytest.fixture
 def mixture():
-    p = two_humps(300)
+    p = two_modes(300)
     return p, p.sample(generator=torch.Generator().manual_seed(2))
 
 
@@ -172,12 +173,23 @@ def test_coverage_of_several_dimensions_is_that_of_the_highest_density_region():
 
 def test_coverage_goes_around_the_circle():
     class Arc:  # 0.9 of the probability from 350° to 370°, which is 10°
-        batch_shape, event_shape, _space = torch.Size((4,)), torch.Size((1,)), Circle(360.0)
+        batch_shape, event_shape, space = torch.Size((4,)), torch.Size((1,)), Circle(360.0)
 
         def interval(self, level):
             return torch.tensor([[350.0, 370.0]], dtype=torch.float64).expand(4, 2)
 
     assert metrics.coverage(Arc(), [[355.0], [5.0], [-3.0], [180.0]]) == 0.75
+
+
+def test_coverage_of_a_model_of_angles_does_not_depend_on_the_turn():
+    torch.manual_seed(0)
+    model = EnergyRegressionModel.for_table(2, Circle(360.0), width=8)
+    x, y = torch.randn(40, 2), 360 * torch.rand(40, 1)
+    model.fit_preprocessing(x, y)
+    p = model.eval()(x)
+    low, high = p.interval(0.9)[:, :1].double(), p.interval(0.9)[:, 1:].double()
+    within = low + 0.5 * (high - low)
+    assert metrics.coverage(p, within) == metrics.coverage(p, within % 360) == metrics.coverage(p, within - 360) == 1
 
 
 def test_a_read_only_array_does_not_warn():

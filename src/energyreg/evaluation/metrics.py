@@ -149,7 +149,7 @@ def pit(p: PredictiveDistribution, y: Any) -> Tensor:
         y: Observed targets, shape (B, 1) or (B,).
 
     Returns:
-        Values in [0, 1], shape (B,), float64. For a calibrated model they are uniform: a hump in the middle of their
+        Values in [0, 1], shape (B,), float64. For a calibrated model they are uniform: a bump in the middle of their
         histogram means intervals that are too wide, a U intervals that are too narrow, a slope a bias.
 
     Raises:
@@ -182,7 +182,7 @@ def kolmogorov_smirnov(p: PredictiveDistribution, y: Any) -> float:
 
 
 def calibration_error(p: PredictiveDistribution, y: Any) -> float:
-    r"""Mean gap between promised and kept probability, over all quantile levels, in [0, 1/2] (D = 1).
+    r"""Mean gap between nominal and empirical probability, over all quantile levels, in [0, 1/2] (D = 1).
 
     .. math:: \int_0^1 \left| \tfrac1B \#\{i : F(y_i|x_i) \le \tau\} - \tau \right| d\tau
 
@@ -203,7 +203,7 @@ def calibration_error(p: PredictiveDistribution, y: Any) -> float:
 
 
 def coverage(p: PredictiveDistribution, y: Any, level: float = 0.9) -> float:
-    """Share of targets inside the predicted region of probability `level`.
+    """Fraction of targets inside the predicted region of probability `level`.
 
     It is close to the level where the model is calibrated. The region is the equal-tailed interval for D = 1, and the
     highest-density region for D > 1.
@@ -214,7 +214,7 @@ def coverage(p: PredictiveDistribution, y: Any, level: float = 0.9) -> float:
         level: Nominal probability, in (0, 1).
 
     Returns:
-        A share in [0, 1]. Its standard error is √(level (1 − level) / B) for a calibrated model.
+        A fraction in [0, 1]. Its standard error is √(level (1 − level) / B) for a calibrated model.
 
     Raises:
         ValueError: `level` is not in (0, 1), or `y` does not fit `p`.
@@ -229,7 +229,7 @@ def coverage(p: PredictiveDistribution, y: Any, level: float = 0.9) -> float:
 def interval_width(p: PredictiveDistribution, level: float = 0.9) -> float:
     """Mean width of the equal-tailed interval of probability `level`, in the unit of y (D = 1).
 
-    Of two models that keep their promised coverage, the one with narrower intervals says more.
+    Of two models with the nominal coverage, the one with narrower intervals says more.
 
     Args:
         p: Predictive distribution of B inputs, D = 1.
@@ -270,7 +270,7 @@ def evaluate(p: PredictiveDistribution, y: Any, level: float = 0.9) -> dict[str,
     scores = {"nll": negative_log_likelihood(p, y)}
     if _event_dim(p) > 1:
         return scores | {"energy_score": energy_score(p, y), "coverage": coverage(p, y, level)}
-    # Interval and PIT once for two scores each: a distribution of many rows computes them anew at every call.
+    # Interval and PIT once for two scores each: a distribution of many rows computes them again at every call.
     interval, values = _interval(p, level), pit(p, y)
     return scores | {
         "crps": crps(p, y),
@@ -287,7 +287,7 @@ def _interval(p: PredictiveDistribution, level: float) -> Tensor:
 
 def _share_inside(p: PredictiveDistribution, targets: Tensor, interval: Tensor) -> float:
     low, high = interval[:, :1], interval[:, 1:]
-    period = getattr(getattr(p, "_space", None), "period", None)
+    period = getattr(getattr(p, "space", None), "period", None)
     if period is not None:  # the interval of an angle may run past the end of the circle
         return float(((targets - low) % float(period) <= high - low).double().mean())
     return float(((low <= targets) & (targets <= high)).double().mean())
