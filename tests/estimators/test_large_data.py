@@ -17,7 +17,7 @@ import torch
 from pyarrow import parquet
 
 from energyreg import EnergyRegressor
-from energyreg.estimators import table as estimator
+from energyreg.estimators import core, learning
 from energyreg.tables import blocks
 from energyreg.tables import files as tablefiles
 from energyreg.tables.blocks import FileTable, MemoryTable, Scratch, encode, rows_to_learn_from
@@ -45,7 +45,7 @@ TABLE = FRAME.assign(y=Y)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 256 rows, the least there is; and encoded rows in a file."""
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 256)
-    monkeypatch.setattr(estimator, "ENCODED_IN_MEMORY", 0)
+    monkeypatch.setattr(core, "ENCODED_IN_MEMORY", 0)
 
 
 def written(folder: Path, suffix: str, table: pd.DataFrame = TABLE) -> Path:
@@ -68,7 +68,7 @@ def test_a_file_gives_the_model_of_the_table_in_memory(suffix, tmp_path, monkeyp
     whole = tablefiles.read(path)
     expected = EnergyRegressor(**FAST).fit(whole.drop(columns="y"), whole["y"])
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 256)
-    monkeypatch.setattr(estimator, "ENCODED_IN_MEMORY", 0)
+    monkeypatch.setattr(core, "ENCODED_IN_MEMORY", 0)
     streamed = EnergyRegressor(**FAST).fit_file(path, "y")
     assert streamed.preprocessor_.state() == expected.preprocessor_.state()
     assert list(streamed.feature_names_in_) == list(FRAME.columns)
@@ -94,7 +94,7 @@ def test_arrays_in_blocks_give_the_same_predictions(kind, tmp_path, monkeypatch)
     x = FRAME[["a", "whole"]].to_numpy(np.float32)
     expected = EnergyRegressor(**FAST).fit(x, Y)
     monkeypatch.setattr(blocks, "BLOCK_ROWS", 256)
-    monkeypatch.setattr(estimator, "ENCODED_IN_MEMORY", 0)
+    monkeypatch.setattr(core, "ENCODED_IN_MEMORY", 0)
     table = torch.as_tensor(x) if kind == "tensor" else x
     if kind == "memmap":
         np.save(tmp_path / "x.npy", x)
@@ -159,7 +159,7 @@ def test_nothing_is_left_behind_whatever_ends_the_fit(error, tmp_path, monkeypat
         seen.append(list(folder.iterdir()))
         raise error
 
-    monkeypatch.setattr(estimator, "_fit", broken)
+    monkeypatch.setattr(learning, "train_members", broken)
     with pytest.raises(error):
         EnergyRegressor(**FAST).fit_file(written(tmp_path, ".parquet"), "y")
     assert len(seen[0]) == 2 and list(folder.iterdir()) == []
@@ -268,9 +268,10 @@ def test_errors_of_a_block_in_memory_name_the_row_of_the_table(small_blocks):
 FIT = """
 import json, sys, threading, warnings
 import numpy as np
-from energyreg import EnergyRegressor, estimator
+from energyreg import EnergyRegressor
+from energyreg.estimators import core
 kind, path, targets, file_from = sys.argv[1:]
-estimator.ENCODED_IN_MEMORY = int(file_from)
+core.ENCODED_IN_MEMORY = int(file_from)
 settings = {"n_members": 1, "epochs": 1, "batch_size": 512, "width": 8, "validation_fraction": 0.01}
 settings |= {"random_state": 0, "calibrate": False}
 rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The scikit-learn estimator: its manners, every kind of target, files, and what it says to bad input."""
+"""The scikit-learn estimator: its API, every kind of target, files, and what it says to bad input."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import energyreg as er
 from energyreg import EnergyRegressor
+from energyreg.estimators import pilots
+from energyreg.estimators.learning import Learned
+from energyreg.estimators.members import Builder, Trial
+from energyreg.estimators.settings import Settings
 from energyreg.files import CheckpointError
 from energyreg.models.calibration import Calibration
 
@@ -434,12 +438,12 @@ def test_weighted_rows_are_about_repeated_ones():
 
 
 def test_ctrl_c_while_steps_are_timed_ends_cleanly(monkeypatch):
-    from energyreg.estimators import table as estimator
+    from energyreg.estimators import members
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(estimator, "fit", interrupted)
+    monkeypatch.setattr(members, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt, match="while the time of some steps was measured; there is no model yet"):
         EnergyRegressor(**FAST, time_budget=5.0).fit(X, Y)
 
@@ -459,7 +463,7 @@ def test_ctrl_c_in_the_calibration_keeps_the_model(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("energyreg.estimators.table.Calibration.fit", interrupted)
+    monkeypatch.setattr("energyreg.models.calibration.Calibration.fit", interrupted)
     with pytest.warns(UserWarning, match="interrupted in the calibration; the model is as it was trained"):
         regressor = EnergyRegressor(**FAST).fit(X, Y)
     assert regressor.histories_[0].interrupted and np.isfinite(regressor.score_samples(X, Y)).all()
@@ -467,50 +471,49 @@ def test_ctrl_c_in_the_calibration_keeps_the_model(monkeypatch):
 
 def test_the_plan_keeps_to_the_budget(monkeypatch):
     """Seconds of a step and a validation are given, so that the choice is a matter of arithmetic."""
-    from energyreg.estimators import table as estimator
+    from energyreg.estimators import time_budget
 
-    monkeypatch.setattr(estimator, "time", type("Still", (), {"perf_counter": staticmethod(lambda: 0.0)}))
-    regressor = EnergyRegressor(time_budget=100.0)
-    plan = estimator._TimePlan(step=0.1, steps=20, validation=0.5, afterwards=10.0)
-    choose = regressor._choose_by_time
+    monkeypatch.setattr(time_budget, "time", type("Still", (), {"perf_counter": staticmethod(lambda: 0.0)}))
+    settings = Settings.of(EnergyRegressor(time_budget=100.0))
+    plan = time_budget.TimePlan(step=0.1, steps=20, validation=0.5, afterwards=10.0)
     # 0.8 of 90 s are planned for; an epoch of one member takes 2.5 s.
-    assert choose(plan, 20, 2, 1000, 50, 0.0) == (14, 2, 1000)
-    assert choose(plan, 40, 3, 1000, 50, 0.0) == (28, 1, 1000)
-    assert choose(plan, 10, 1, 1000, 50, 0.0) == (10, 1, 1000)
-    slow = estimator._TimePlan(step=5.0, steps=20, validation=2.0, afterwards=10.0)
+    assert plan.choose(settings, 20, 2, 1000, 50, 0.0) == (14, 2, 1000)
+    assert plan.choose(settings, 40, 3, 1000, 50, 0.0) == (28, 1, 1000)
+    assert plan.choose(settings, 10, 1, 1000, 50, 0.0) == (10, 1, 1000)
+    slow = time_budget.TimePlan(step=5.0, steps=20, validation=2.0, afterwards=10.0)
     with pytest.warns(UserWarning, match="an epoch takes about 1e.02 s; 700 of the 1000 training rows are used"):
-        assert choose(slow, 20, 2, 1000, 50, 0.0) == (1, 1, 700)
+        assert slow.choose(settings, 20, 2, 1000, 50, 0.0) == (1, 1, 700)
 
 
 def test_training_stops_when_the_machine_is_slower_than_planned(monkeypatch):
-    from energyreg.estimators import table as estimator
+    from energyreg.estimators import learning, members, time_budget
 
     limits = []
-    true_fit = estimator._fit
 
-    def watched(build, data, members, epochs, settings, chained):
-        limits.append(settings.get("time_limit"))
+    def watched(build, data, number, epochs, options, chained):
+        limits.append(options.get("time_limit"))
         if limits[-1] is not None:
-            settings = settings | {"time_limit": 1e-3}  # as if the rest of the budget were gone
-        return true_fit(build, data, members, epochs, settings, chained)
+            options = options | {"time_limit": 1e-3}  # as if the rest of the budget were gone
+        return members.train_members(build, data, number, epochs, options, chained)
 
-    monkeypatch.setattr(estimator, "_fit", watched)
-    with pytest.warns(UserWarning, match="was up; the model has the weights of the moment"):
+    for module in (learning, time_budget):
+        monkeypatch.setattr(module, "train_members", watched)
+    with pytest.warns(UserWarning, match="was up; the model has the current weights"):
         regressor = EnergyRegressor(**{**FAST, "epochs": 50}, time_budget=30.0).fit(X, Y)
     assert limits[:2] == [None, None] and 0 < limits[2] < 30
     assert regressor.history_.timed_out and np.isfinite(regressor.score_samples(X, Y)).all()
 
 
-# ---------------------------------------------------------------------------------------------- scouts
+# ---------------------------------------------------------------------------------------------- pilots
 
-SCOUTED = {**FAST, "n_members": 6, "epochs": 4}
+PILOTED = {**FAST, "n_members": 6, "epochs": 4}
 ROWS = np.random.default_rng(5).normal(size=(700, 2))
 WAVES = np.sin(9 * ROWS[:, 0]) + 0.1 * np.random.default_rng(6).normal(size=700)
 
 
-def test_scouts_try_every_setting_and_the_others_follow_the_best(tmp_path, monkeypatch):
-    monkeypatch.setattr(EnergyRegressor, "_chances", staticmethod(lambda *_: np.array([0.1, 0.0, 0.3, 0.6])))
-    regressor = EnergyRegressor(**SCOUTED, calibrate=False).fit(ROWS, WAVES)
+def test_pilots_try_every_setting_and_the_others_follow_the_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(pilots, "best_probabilities", lambda *_: np.array([0.1, 0.0, 0.3, 0.6]))
+    regressor = EnergyRegressor(**PILOTED, calibrate=False).fit(ROWS, WAVES)
     assert list(zip(regressor.dropouts_, regressor.frequency_scales_, strict=True)) == [
         (0.0, 0.25), (0.0, 1.0), (0.2, 0.25), (0.2, 1.0), (0.2, 0.25), (0.2, 1.0),
     ]  # fmt: skip
@@ -522,15 +525,15 @@ def test_scouts_try_every_setting_and_the_others_follow_the_best(tmp_path, monke
 
 
 def test_the_bootstrap_prefers_what_is_surely_better():
-    regressor = EnergyRegressor(**SCOUTED, calibrate=False).fit(ROWS, WAVES)
+    regressor = EnergyRegressor(**PILOTED, calibrate=False).fit(ROWS, WAVES)
     x = torch.as_tensor(regressor.preprocessor_.transform(ROWS)).double()
     means = [float(member(x).log_prob(torch.as_tensor(WAVES)).mean()) for member in regressor.model_.members]
-    chances = regressor._chances(regressor.model_, x.numpy(), WAVES, None, 0)
+    chances = pilots.best_probabilities(regressor.model_, x.numpy(), WAVES, None, 0)
     assert chances.sum() == pytest.approx(1) and chances.argmax() == int(np.argmax(means))
     one = np.zeros(len(WAVES))
     one[3] = 1.0  # a single row that counts decides alone
     at = [float(member(x[3:4]).log_prob(torch.as_tensor(WAVES[3:4]))) for member in regressor.model_.members]
-    assert regressor._chances(regressor.model_, x.numpy(), WAVES, one, 0)[int(np.argmax(at))] == 1.0
+    assert pilots.best_probabilities(regressor.model_, x.numpy(), WAVES, one, 0)[int(np.argmax(at))] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -544,43 +547,49 @@ def test_the_bootstrap_prefers_what_is_surely_better():
         ({"validation_fraction": None}, 0),
     ],
 )
-def test_there_are_scouts_where_something_is_open(settings, trials):
-    regressor = EnergyRegressor(**{**SCOUTED, **settings}).fit(ROWS, WAVES)
-    lengths = [len(history.train_loss) for history in regressor.histories_]
-    assert lengths.count(10) == (0 if trials == 0 else 6 - trials)
+def test_there_are_pilots_where_something_is_open(settings, trials):
+    settings = {**PILOTED, **settings}
+    builder = Builder(Settings.of(EnergyRegressor(**settings)), er.spaces.Real(), 2, len(ROWS), [])
+    held_out = settings.get("validation_fraction", 0.1) is not None
+    found = pilots.pilot_trials(builder, builder.usual(), settings["n_members"], held_out)
+    assert len(found) == len(set(found)) == trials
+
+
+def test_without_held_out_rows_there_are_no_pilots():
+    regressor = EnergyRegressor(**PILOTED, validation_fraction=None).fit(ROWS, WAVES)
+    assert [len(history.train_loss) for history in regressor.histories_] == [4] * 6
 
 
 def test_members_of_no_weight_are_dropped(monkeypatch):
     regressor = EnergyRegressor(**{**FAST, "n_members": 3}, calibrate=False).fit(X, Y)
     kept = [regressor.model_.members[0], regressor.model_.members[2]]
     regressor.model_.weights = [0.5, 0.01, 0.49]
-    regressor._drop_members()
-    assert list(regressor.model_.members) == kept and regressor.n_members_ == 2
-    assert regressor.member_weights_ == pytest.approx([0.5 / 0.99, 0.49 / 0.99])
-    assert np.isfinite(regressor.score_samples(X, Y)).all()
+    learned = Learned(regressor.model_, [Trial(None, dropout) for dropout in (0.0, 0.1, 0.2)], regressor.histories_)
+    learned.drop_members()
+    assert list(learned.model.members) == kept and [trial.dropout for trial in learned.trials] == [0.0, 0.2]
+    assert learned.model.shares == pytest.approx([0.5 / 0.99, 0.49 / 0.99])
+    assert torch.isfinite(learned.model(regressor.encode(X)).log_prob(torch.as_tensor(Y))).all()
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda s: sum(s) > 0), st.integers(0, 9))
 def test_allotments_are_whole_and_fair(shares, count):
-    from energyreg.estimators.table import _allot
-
     exact = np.array(shares) / sum(shares) * count
-    given_out = np.array(_allot(np.array(shares) / sum(shares), count))
+    given_out = np.array(pilots.allot(np.array(shares) / sum(shares), count))
     assert given_out.sum() == count and (np.abs(given_out - exact) < 1 + 1e-9).all()
 
 
-def test_ctrl_c_while_scouts_are_judged_keeps_them(monkeypatch):
+def test_ctrl_c_while_pilots_are_judged_keeps_them(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EnergyRegressor, "_chances", staticmethod(interrupted))
+    monkeypatch.setattr(pilots, "best_probabilities", interrupted)
     with pytest.warns(UserWarning, match="interrupted after the first members, which are the model"):
-        regressor = EnergyRegressor(**SCOUTED).fit(ROWS, WAVES)
+        regressor = EnergyRegressor(**PILOTED).fit(ROWS, WAVES)
     assert len(regressor.histories_) == 4 and regressor.histories_[0].interrupted
     assert np.isfinite(regressor.score_samples(ROWS, WAVES)).all()
 
 
-def test_atoms_of_a_fine_lattice_become_slabs_of_the_base() -> None:
+def test_point_masses_of_fine_rounding_become_uniform_components_of_the_base() -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(400, 2))
     y = np.clip(X[:, 0] + 0.3 * rng.normal(size=400), -1, 1)
@@ -590,7 +599,7 @@ def test_atoms_of_a_fine_lattice_become_slabs_of_the_base() -> None:
     space = model.space_
     ends = space.to_user(torch.tensor(slabs, dtype=torch.double).reshape(-1, 1)).reshape(-1, 2)
     np.testing.assert_allclose(ends, [[-1.005, -0.995], [-0.005, 0.005], [0.995, 1.005]], atol=1e-6)
-    # The atom's probability is near its share of the rows; without slabs it is of a peak several values wide.
+    # Its probability is near its fraction of the rows; without such a component it is of a peak several values wide.
     P = model.predict_probabilities(X, [-0.01, 0.0, 0.01]).mean(0)
     assert abs(P[1] - (y == 0).mean()) < 0.05
     assert P[0] < 0.05 and P[2] < 0.05

@@ -1,9 +1,10 @@
-"""`ImageRegressor`: conditional densities of what is on an image, with the manners of scikit-learn."""
+"""`ImageRegressor`: conditional densities of what is on an image, with the scikit-learn API."""
 
 from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,16 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from energyreg.estimators.table import EnergyRegressor, _check_whole, _weights
-from energyreg.estimators.targets import Target
-from energyreg.images.files import ImageFiles, _file_key, explain_memory, extract_features, image_loader
+from energyreg.estimators.columns import encode_table
+from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows
+from energyreg.estimators.learning import Rows, check_weights, prepare
+from energyreg.estimators.settings import Settings, check_whole, find_device, threads
+from energyreg.estimators.table import EnergyRegressor
+from energyreg.images.files import ImageFiles, explain_memory, extract_features, file_key, image_loader
 from energyreg.models import checkpoint
-from energyreg.models.chain import ChainEncoder, EnergyChain
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.networks.encoders import VectorEncoder
 from energyreg.networks.image_encoders import ImageEncoder
 from energyreg.randomness import caller_random_state, seed_global
 from energyreg.tables import files as tablefiles
+from energyreg.tables.blocks import MemoryTable
 from energyreg.tables.columns import column_names
 from energyreg.tables.targets import read_targets
 from energyreg.training.fitting import fit
@@ -33,7 +37,7 @@ FINE_TUNING_EPOCHS = 10
 """Epochs of the fine-tuning where `fine_tune` is True."""
 
 
-class ImageRegressor(EnergyRegressor):
+class ImageRegressor(DensityRegressor):
     r"""Regression on images that predicts the whole density p(y|x).
 
     A network that was made for classification turns each image into features, as it is or with its last stages
@@ -97,11 +101,6 @@ class ImageRegressor(EnergyRegressor):
     >>> regressor.fit(["a.jpg", "b.jpg"], [31, 58])  # doctest: +SKIP
     >>> regressor.predict_interval(["c.jpg"], 0.9)  # doctest: +SKIP
     """
-
-    # What is of use for the columns of a table only.
-    frequency_scale = 1.0
-    max_levels = 256
-    min_count = 4
 
     def __init__(
         self,
@@ -200,18 +199,17 @@ class ImageRegressor(EnergyRegressor):
             energyreg.images.ImageMemoryError: If memory runs out; the message says what to lower.
             TrainingError: If the training diverges.
         """
-        self._check_parameters()
+        settings = self._settings()
         files = self._files(X, "X", self.duplicates, self.on_error)
         targets = read_targets(y, "y", len(files), "X")
-        weights = _weights(sample_weight, len(files))
-        evaluation = self._evaluation_files(eval_set)
-        self.target_ = Target.parse(self.target, targets.shape[1])
-        self._check_targets(self.target_.space(), targets, "y")
-        self._fit_seed = super()._seed()
+        weights = check_weights(sample_weight, len(files))
+        files_held, held = (None, None) if eval_set is None else self._evaluation_files(eval_set)
+        seed = draw_seed(self.random_state)
+        rows = prepare(self.target, settings, targets, weights, held, seed)  # before an image is read
         self.encoder_ = self._new_encoder()
         self.fine_tuning_: History | None = None
         epochs = FINE_TUNING_EPOCHS if self.fine_tune is True else int(self.fine_tune)
-        with self._threads():
+        with threads(self.n_jobs):
             if epochs:
                 if self.on_error == "skip":  # the rows held out must be the same later on
                     for _ in image_loader(files, self.image_batch_size, workers=self.workers):
@@ -219,12 +217,15 @@ class ImageRegressor(EnergyRegressor):
                     good = [row for row, path in enumerate(files.paths) if str(path) not in files.failed]
                     failed, files = files.failed, files.take(good)
                     files.failed, targets, weights = failed, targets[good], weights[good]
-                self._fine_tune(files, targets, weights, evaluation, epochs)
+                    rows = prepare(self.target, settings, targets, weights, held, seed)
+                self._fine_tune(settings, files, rows, files_held, epochs)
             x = self._extract(files)
             read = ~np.isnan(x).any(1)
             self.skipped_ = dict(files.failed)
-            pair = None if evaluation is None else (self._extract(evaluation[0]), evaluation[1])
-        super().fit(x[read], targets[read], weights[read], pair)
+            x_held = None if files_held is None else self._extract(files_held)
+        if not read.all():
+            rows = prepare(self.target, settings, targets[read], weights[read], held, seed)
+        fit_rows(self, settings, MemoryTable(x[read], "X"), rows, x_held, time.perf_counter(), _of_features)
         return self
 
     def fit_file(
@@ -266,17 +267,16 @@ class ImageRegressor(EnergyRegressor):
         weight = None if sample_weight is None else frame[sample_weight].to_numpy()
         return self.fit(frame[self.image], frame[names].to_numpy(), weight, eval_set)
 
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
-        _check_whole("image_size", self.image_size)
-        _check_whole("image_batch_size", self.image_batch_size)
+    def _settings(self) -> Settings:
+        """The parameters of the training, after a check of all."""
+        settings = Settings.of(self, frequency_scale=1.0, max_levels=256, min_count=4)
+        check_whole("image_size", self.image_size)
+        check_whole("image_batch_size", self.image_batch_size)
         if not isinstance(self.fine_tune, (bool, np.bool_)):
-            _check_whole("fine_tune", self.fine_tune, ", True or False")
+            check_whole("fine_tune", self.fine_tune, ", True or False")
         if self.augment is not None and not callable(self.augment):
             raise ValueError(f"augment is a {type(self.augment).__name__}; expected a callable (image, target).")
-
-    def _seed(self) -> int:
-        return self._fit_seed
+        return settings
 
     def _new_encoder(self, trainable: str | int = "none") -> ImageEncoder:
         if isinstance(self.backbone, ImageEncoder):
@@ -305,9 +305,7 @@ class ImageRegressor(EnergyRegressor):
             X, size=self.image_size, resize=self.resize, on_error=on_error, duplicates=duplicates, folder=self.folder
         )
 
-    def _evaluation_files(self, eval_set: Any) -> tuple[ImageFiles, np.ndarray] | None:
-        if eval_set is None:
-            return None
+    def _evaluation_files(self, eval_set: Any) -> tuple[ImageFiles, np.ndarray]:
         pair = eval_set[0] if isinstance(eval_set, (tuple, list)) and len(eval_set) == 1 else eval_set
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"eval_set is a {type(eval_set).__name__}; expected a pair (files, y).")
@@ -315,71 +313,49 @@ class ImageRegressor(EnergyRegressor):
         return files, read_targets(pair[1], "y of eval_set", len(files), "eval_set")
 
     def _fine_tune(
-        self,
-        files: ImageFiles,
-        targets: np.ndarray,
-        weights: np.ndarray,
-        evaluation: tuple[ImageFiles, np.ndarray] | None,
-        epochs: int,
+        self, settings: Settings, files: ImageFiles, rows: Rows, files_held: ImageFiles | None, epochs: int
     ) -> None:
         """Train the last stages of the network on the rows that the models are trained on later."""
-        space = self.target_.space()
-        known = np.flatnonzero(weights > 0)
-        targets = targets[known]
-        rng = np.random.default_rng(self._seed())
-        train, held_out, _ = self._split(len(known), evaluation is not None, weights[known], rng)
-        steps = self.target_.rounding_steps(targets)
-        z = self.target_.dequantise(targets, steps, rng)
+        train, held_out = rows.train, rows.held_out
         encoder = self._new_encoder(self.trainable)
         with caller_random_state():  # random_state decides, not what was drawn before
-            seed_global(self._seed(), torch.device("cpu"))
-            model = EnergyRegressionModel.for_table(1, space, width=encoder.num_features)
+            seed_global(rows.seed, torch.device("cpu"))
+            model = EnergyRegressionModel.for_table(1, rows.target.space(), width=encoder.num_features)
         model.encoder = encoder
-        model.to(self._device()).fit_preprocessing(None, z[train])
+        model.to(find_device(self.device)).fit_preprocessing(None, rows.z[train])
         size = min(self.image_batch_size, len(train))
         loader = image_loader(
-            files.take(known[train], transform=self.augment, targets=z[train]), size, shuffle=True,
+            files.take(rows.known[train], transform=self.augment, targets=rows.z[train]), size, shuffle=True,
             workers=self.workers, drop_last=True,
         )  # fmt: skip
         held: ImageFiles | None = None
-        if evaluation is not None:
-            z_held = self.target_.dequantise(evaluation[1], steps, rng)
-            held = evaluation[0].take(range(len(z_held)), targets=z_held)
+        if files_held is not None:
+            held = files_held.take(range(len(files_held)), targets=rows.z_evaluation)
         elif len(held_out):
-            held = files.take(known[held_out], targets=z[held_out])
-        self._say(f"Fine-tuning {self.trainable} stages for {epochs} epochs on {len(train)} images.")
+            held = files.take(rows.known[held_out], targets=rows.z[held_out])
+        settings.log(f"Fine-tuning {self.trainable} stages for {epochs} epochs on {len(train)} images.")
         with explain_memory(image_batch_size=size, image_size=self.image_size, trainable=self.trainable):
             self.fine_tuning_ = fit(
-                model, loader, epochs=epochs, learning_rate=self.fine_tune_learning_rate, seed=self._seed(),
+                model, loader, epochs=epochs, learning_rate=self.fine_tune_learning_rate, seed=rows.seed,
                 validation=None if held is None else image_loader(held, size, workers=self.workers),
                 checkpoint_dir=self.checkpoint_dir, resume=self.checkpoint_dir is not None, progress=bool(self.verbose),
             )  # fmt: skip
         encoder.trainable = "none"
-        encoder._freeze("none")
+        encoder.freeze("none")
         self.encoder_ = encoder.eval()
 
     def _extract(self, files: ImageFiles) -> np.ndarray:
-        keys = [_file_key(path) for path in files.paths]
+        keys = [file_key(path) for path in files.paths]
         known = getattr(self, "_recent", None)
         if known is not None and known[0] is self.encoder_ and all(key in known[1] for key in keys):
             return known[2][[known[1][key] for key in keys]]
         features = extract_features(
-            self.encoder_, files, self.image_batch_size, workers=self.workers, device=self._device(), cache=self.cache,
-            progress=bool(self.verbose),
+            self.encoder_, files, self.image_batch_size, workers=self.workers, device=find_device(self.device),
+            cache=self.cache, progress=bool(self.verbose),
         )  # fmt: skip
         if not files.failed:  # a prediction for a broken file is an error
             self._recent = self.encoder_, {key: row for row, key in enumerate(keys)}, features
         return features
-
-    def _new_model(self, *arguments: Any) -> EnergyRegressionModel | EnergyChain:
-        model = super()._new_model(*arguments)
-        for factor in model.factors if isinstance(model, EnergyChain) else [model]:
-            assert isinstance(factor, EnergyRegressionModel)
-            if isinstance(factor.encoder, ChainEncoder):
-                factor.encoder.inputs = _of_features(factor.encoder.inputs)
-            else:
-                factor.encoder = _of_features(factor.encoder)
-        return model
 
     # Predictions -----------------------------------------------------------------------------------------------------
 
@@ -400,13 +376,15 @@ class ImageRegressor(EnergyRegressor):
 
         check_is_fitted(self)
         files = self._files(X, "X")
-        with self._threads():
+        with threads(self.n_jobs):
             features = self._extract(files)
-        return super().encode(features)
+        return encode_table(self, features)
 
     # Files -----------------------------------------------------------------------------------------------------------
 
-    def _to_store(self, state: dict[str, Any]) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What a file holds besides the model."""
+        state = super().state()
         parameters = state["parameters"]
         for name in ("folder", "cache", "checkpoint_dir"):
             parameters[name] = None if parameters[name] is None else os.fspath(parameters[name])
@@ -414,7 +392,7 @@ class ImageRegressor(EnergyRegressor):
         parameters |= {"augment": None, "weights": None}
         if isinstance(parameters["backbone"], nn.Module):
             parameters["backbone"] = None
-        return {**super()._to_store(state), "encoder": self.encoder_, "skipped": self.skipped_}
+        return {**state, "encoder": self.encoder_, "skipped": self.skipped_}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], encoder: ImageEncoder | None = None) -> ImageRegressor:
@@ -434,17 +412,18 @@ class ImageRegressor(EnergyRegressor):
             raise checkpoint.CheckpointError(
                 f"Cannot load {os.fspath(path)!r}: it is an EnergyRegressor, for tables; read it by its load()."
             )
-        return cls._from_stored(model, state)
+        return cls.from_state(model, state)
 
     @classmethod
-    def _from_stored(cls, model: Any, state: dict[str, Any]) -> Self:
-        self = super()._from_stored(model, state)
+    def from_state(cls, model: Any, state: dict[str, Any]) -> Self:
+        """The estimator of a model, and of the rest of what a file holds."""
+        self = super().from_state(model, state)
         self.encoder_, self.skipped_ = state["encoder"], state["skipped"]
         self.fine_tuning_ = None
         return self
 
 
-def load_estimator(path: str | os.PathLike[str]) -> tuple[EnergyRegressor, dict[str, Any]]:
+def load_estimator(path: str | os.PathLike[str]) -> tuple[DensityRegressor, dict[str, Any]]:
     """Read an estimator of tables or of images, whichever a file holds.
 
     Args:
@@ -459,10 +438,10 @@ def load_estimator(path: str | os.PathLike[str]) -> tuple[EnergyRegressor, dict[
         energyreg.CheckpointError: If the file is damaged, or no estimator's.
     """
     model, state = checkpoint.load_estimator(path)
-    kind = ImageRegressor if isinstance(state.get("encoder"), ImageEncoder) else EnergyRegressor
-    return kind._from_stored(model, state), state
+    kind: type[DensityRegressor] = ImageRegressor if isinstance(state.get("encoder"), ImageEncoder) else EnergyRegressor
+    return kind.from_state(model, state), state
 
 
 def _of_features(encoder: Any) -> VectorEncoder:
-    """An encoder of features with the sizes of one for tables."""
+    """An encoder of features with the sizes of one for tables, which is made first: a seed's weights depend on it."""
     return VectorEncoder(encoder.num_features, encoder.context_dim, encoder.depth, encoder.dropout)

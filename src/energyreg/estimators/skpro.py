@@ -285,7 +285,7 @@ class EnergyProbaRegressor(BaseProbaRegressor):
         num_components: Gaussians of the mixture density network, where there is one.
         validation_fraction: Share of the rows held out.
         time_budget: Seconds that `fit` may take, about.
-        calibrate: Whether temperature and defensive share are chosen on the validation rows.
+        calibrate: Whether temperature and defensive mixture weight are chosen on the validation rows.
         conformal: Whether `predict_interval` is conformal; quantiles and distributions stay those of the density.
         max_levels: Categories of a column with a code of their own.
         min_count: Training rows that a category needs for that.

@@ -573,7 +573,7 @@ def extract_features(
         raise ValueError("files has a transform, whose results a cache cannot tell apart; pass cache=None.")
     image_loader(files, batch_size, workers=workers)  # wrong arguments should fail before the cache is read
     features = np.full((len(files), count), np.nan, np.float32)
-    keys = [_file_key(path) for path in files.paths]
+    keys = [file_key(path) for path in files.paths]
     rows: dict[bytes, list[int]] = {}
     for row, key in enumerate(keys):
         rows.setdefault(key, []).append(row)
@@ -625,7 +625,7 @@ def _run(
             module.training = mode
 
 
-def _file_key(path: Path) -> bytes:
+def file_key(path: Path) -> bytes:
     status = path.stat()
     text = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:16]

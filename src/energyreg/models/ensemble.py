@@ -141,7 +141,7 @@ class EnergyEnsemble(nn.Module):
         share = max(memory_budget // len(self), 1)
         members = [m(x, integrator=integrator, seed=seed, memory_budget=share) for m in self.models()]
         return EnsembleDistribution(
-            members, self.space, self._integrator() if integrator is None else integrator, weights=self.weights,
+            members, self.space, self.default_integrator() if integrator is None else integrator, weights=self.weights,
             differentiable=self.training, dtype=self.dtype, device=self.device, seed=seed, memory_budget=memory_budget,
         )  # fmt: skip
 
@@ -203,7 +203,7 @@ class EnergyEnsemble(nn.Module):
         self.weights = weights.tolist()
         return self.weights
 
-    def _integrator(self) -> Integrator:
+    def default_integrator(self) -> Integrator:
         """The members' default; a grid for two dimensions if one of them has no proposal to draw points from."""
         without = [member for member in self.models() if member.proposal is None]
         return (without or self.models())[0].default_integrator()

@@ -139,7 +139,7 @@ class ImageEncoder(nn.Module):
         self.num_features, self.stages = num_features, stages
         side = size if image_size is None else image_size
         self.input_shape = 3, side, side
-        self._freeze(trainable)
+        self.freeze(trainable)
         self.train(self.training)
 
     @property
@@ -147,7 +147,7 @@ class ImageEncoder(nn.Module):
         """What the network was made of: its name, or the module itself."""
         return self.network if self._name is None else self._name
 
-    def _freeze(self, trainable: str | int) -> None:
+    def freeze(self, trainable: str | int) -> None:
         if isinstance(trainable, str):
             free = set() if trainable == "none" else {name for name, _ in self.network.named_parameters()}
         else:

@@ -1,0 +1,290 @@
+"""From encoded rows to a calibrated model: rows are split and dequantised, members trained, weighted and calibrated."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from energyreg.densities.spaces import TargetSpace
+from energyreg.errors import DataError
+from energyreg.estimators.members import Builder, Model, Trial, integrator_of, sizes, train_members, weights_of
+from energyreg.estimators.pilots import after_pilots, pilot_trials
+from energyreg.estimators.settings import Settings
+from energyreg.estimators.targets import Target, point_masses
+from energyreg.estimators.time_budget import CALIBRATION_ROWS, ROWS_OF_SEVERAL, plan_time
+from energyreg.models.calibration import Calibration
+from energyreg.models.ensemble import EnergyEnsemble
+from energyreg.training.data import default_batch_size
+from energyreg.training.history import History
+
+__all__ = ["Learned", "Rows", "check_weights", "learn", "prepare"]
+
+AVERAGING = 8.0
+"""Exponent of the average of the weights (see :func:`energyreg.fit`)."""
+PILOTS_PATIENCE = 3
+"""The pilots stop after this part of the epochs without an improvement."""
+LEAST_WEIGHT = 0.1
+"""Members whose weight is below this part of an equal one are dropped: they would cost time in each prediction."""
+FEWEST_TO_SPLIT = 40
+"""Rows below which none are held out by default: they are worth more in the training."""
+MOST_HELD_OUT = 20_000
+"""Rows held out at most, for validation and for conformal scores: more would tell nothing, and take time."""
+CALIBRATION_BYTES = 2**25
+"""Working memory of the calibration."""
+
+Validation = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""Inputs, targets, and weights if any, of the rows by which the epoch is chosen."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Targets of the rows that count, N of them, and what each row is for.
+
+    Attributes:
+        target: Kinds of the outputs.
+        space: Target space, not fitted yet.
+        known: Which rows of the table count, as their weight is above 0, shape (N,).
+        targets: Their targets, shape (N, D).
+        weights: Their weights, shape (N,).
+        train: Which of them the members are trained on.
+        held_out: Which of them the epoch and the calibration are chosen by.
+        conformal: Which of them the conformal scores are taken of.
+        z: Targets, dequantised, shape (N, D).
+        z_evaluation: The same of rows that the user holds out.
+        step: Rounding step of the only output; None where it is continuous, or where there are several.
+        seed: Seed of the training.
+    """
+
+    target: Target
+    space: TargetSpace
+    known: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    train: np.ndarray
+    held_out: np.ndarray
+    conformal: np.ndarray
+    z: np.ndarray
+    z_evaluation: np.ndarray | None
+    step: float | None
+    seed: int
+
+
+def prepare(
+    given: Any, settings: Settings, targets: np.ndarray, weights: np.ndarray, evaluation: np.ndarray | None, seed: int
+) -> Rows:
+    """Check targets, split their rows, and make rounded ones continuous.
+
+    Args:
+        given: The kind of target, as the user describes it.
+        settings: Parameters of the estimator.
+        targets: Targets of all rows of a table, shape (R, D).
+        weights: Their weights, shape (R,).
+        evaluation: Targets of rows that the user holds out, if any.
+        seed: Seed of the split and of the noise.
+
+    Raises:
+        ValueError: If targets cannot be used, or too few are left to train on.
+    """
+    target = Target.parse(given, targets.shape[1])
+    space = target.space()
+    target.check(space, targets, "y")
+    constant = np.flatnonzero((targets == targets[0]).all(0))
+    if len(constant):
+        raise DataError(
+            "{name} has the same value in every row of column {column!r}: {value:.9g}; expected targets that vary. "
+            "Check how it was made, or drop the column.",
+            name="y", column=constant[0], value=targets[0, constant[0]],
+        )  # fmt: skip
+    if evaluation is not None:
+        if evaluation.shape[1] != space.dim:
+            raise ValueError(f"y of eval_set has {evaluation.shape[1]} column(s), but y has {space.dim}.")
+        target.check(space, evaluation, "y of eval_set")
+    known = np.flatnonzero(weights > 0)  # the others count as not there
+    targets, weights = targets[known], weights[known]
+    rng = np.random.default_rng(seed)
+    train, held_out, conformal = _split(len(known), evaluation is not None, settings, rng)
+    steps = target.rounding_steps(targets)
+    z = target.dequantise(targets, steps, rng)
+    z_evaluation = None if evaluation is None else target.dequantise(evaluation, steps, rng)
+    step = (steps[0] or None) if space.dim == 1 else None
+    return Rows(target, space, known, targets, weights, train, held_out, conformal, z, z_evaluation, step, seed)
+
+
+def _split(
+    rows: int, evaluated: bool, settings: Settings, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows to train on, to validate on, and for conformal scores."""
+    order = rng.permutation(rows)
+    fraction = settings.validation_fraction or 0.0
+    without = evaluated or fraction == 0 or rows < FEWEST_TO_SPLIT
+    held_out = 0 if without else min(max(round(fraction * rows), 1), MOST_HELD_OUT)
+    conformal = min(max(round((fraction or 0.1) * rows), 1), MOST_HELD_OUT) if settings.conformal else 0
+    if rows - held_out - conformal < 2:
+        raise ValueError(
+            f"X has {rows} rows with a weight above 0, of which {held_out} are held out for validation and "
+            f"{conformal} for conformal scores; expected at least 2 to train on. Lower validation_fraction."
+        )
+    parts = np.split(order, [held_out, held_out + conformal])
+    return np.sort(parts[2]), np.sort(parts[0]), np.sort(parts[1])
+
+
+@dataclass
+class Learned:
+    """A trained model, what its members got, and its calibration."""
+
+    model: Model
+    trials: list[Trial]
+    histories: list[History]
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def set_precision(self, outputs: int) -> None:
+        """Double for one output, where the points are few; for several the time for it is better spent on points."""
+        if outputs == 1:
+            self.model.double()
+
+    def drop_members(self) -> None:
+        """Drop the members whose weights are next to nothing."""
+        assert isinstance(self.model, EnergyEnsemble)
+        weights = np.array(self.model.shares)
+        kept = np.flatnonzero(weights >= LEAST_WEIGHT / len(weights)).tolist()
+        if len(kept) < len(weights):
+            members = self.model.models()
+            kept_weights = weights[kept] / weights[kept].sum()
+            self.model = EnergyEnsemble([members[i] for i in kept], kept_weights.tolist()).eval()
+            self.trials = [self.trials[i] for i in kept]
+
+    def calibrate(self, validation: Validation, seed: int, settings: Settings) -> None:
+        """Choose the members' weights, the temperature and the defensive mixture weight by held-out rows."""
+        x, y, weights = validation
+        most = CALIBRATION_ROWS if y.shape[1] == 1 else ROWS_OF_SEVERAL[0]
+        if len(y) > most:
+            rows = np.sort(np.random.default_rng([seed, 3]).choice(len(y), most, replace=False))
+            x, y, weights = x[rows], y[rows], None if weights is None else weights[rows]
+        try:
+            integrator = integrator_of(self.model)
+            if isinstance(self.model, EnergyEnsemble):
+                self.model.fit_weights(x, y, weights, integrator=integrator, memory_budget=CALIBRATION_BYTES)
+                self.drop_members()
+            p = self.model(x, integrator=integrator, memory_budget=CALIBRATION_BYTES)
+            self.calibration = Calibration.fit(p, torch.as_tensor(y), weights)
+        except KeyboardInterrupt:
+            for history in self.histories:
+                history.interrupted = True
+            warnings.warn("fit was interrupted in the calibration; the model is as it was trained.", stacklevel=6)
+            return
+        found = weights_of(self.model)
+        if len(found) > 1:
+            settings.log(f"Weights of the members: {', '.join(f'{weight:.2f}' for weight in found)}.")
+        t, defensive = self.calibration.inverse_temperature, self.calibration.base_share
+        settings.log(f"Calibration on {len(y)} rows: energy times {t:.3g}, defensive weight {defensive:.2g}.")
+
+
+def learn(
+    settings: Settings,
+    rows: Rows,
+    x: np.ndarray,
+    validation: Validation | None,
+    cardinalities: Sequence[int],
+    started: float,
+    replace_encoder: Callable[[Any], Any] | None = None,
+) -> Learned:
+    """Train and calibrate what the settings ask for.
+
+    Args:
+        settings: Parameters of the estimator.
+        rows: What :func:`prepare` returned.
+        x: Inputs of the training rows.
+        validation: The rows by which the epoch is chosen; None for none.
+        cardinalities: Numbers of the categories' codes among the inputs.
+        started: When the time budget began, by :func:`time.perf_counter`.
+        replace_encoder: Makes a member's encoder of the one for tables.
+    """
+    seed, space, weights = rows.seed, rows.space, rows.weights[rows.train]
+    data = torch.as_tensor(x), torch.as_tensor(rows.z[rows.train])
+    count = len(data[1])
+    batch_size = settings.batch_size or default_batch_size(data[1])
+    members, epochs = sizes(settings, space.dim, count, batch_size)
+    steps = max(count // min(batch_size, count), 1)
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "learning_rate": settings.learning_rate, "seed": seed, "sample_weight": weights,
+        "validation": validation, "averaging": AVERAGING,
+    }  # fmt: skip
+    masses, components = point_masses(rows.targets[rows.train], rows.step), []
+    if len(masses):
+        space = rows.target.space()
+        space.fit(data[1])  # the uniform components are told in its units
+        components = rows.target.uniform_components(space, masses, rows.step or 0.0)
+    builder = Builder(settings, space, x.shape[1], count, cardinalities, components, replace_encoder)
+    usual = builder.usual()
+    if settings.time_budget is not None:
+        plan = plan_time(builder, usual, data, options, members, steps)
+        epochs, members, used = plan.choose(settings, epochs, members, count, batch_size, started)
+        options["time_limit"] = max(settings.time_budget - (time.perf_counter() - started) - plan.afterwards, 1e-3)
+        if used < count:
+            chosen = np.sort(np.random.default_rng([seed, 2]).choice(count, used, replace=False))
+            data, options["sample_weight"] = (data[0][chosen], data[1][chosen]), weights[chosen]
+            count, steps = used, max(used // batch_size, 1)
+            builder = replace(builder, rows=used)
+    settings.log(
+        f"Training {members} member{'s' * (members > 1)} for {epochs} epochs of {steps} steps on {count} rows, "
+        f"{0 if validation is None else len(validation[1])} held out."
+    )
+    options["progress"] = bool(settings.verbose)
+    learned = _train(builder, usual, data, members, epochs, options)
+    learned.set_precision(space.dim)
+    if settings.calibrate and validation is not None:
+        learned.calibrate(validation, seed, settings)
+    return learned
+
+
+def _train(builder: Builder, usual: Trial, data: Any, members: int, epochs: int, options: dict[str, Any]) -> Learned:
+    """Train all members: the pilots first, where there are any, and the others by what they find."""
+    until = time.perf_counter() + options.get("time_limit", math.inf)
+    trials = pilot_trials(builder, usual, members, options["validation"] is not None)
+    if not trials:
+        trials = [usual] * members
+        model, histories = train_members(builder.each(trials), data, members, epochs, options, builder.chained)
+        return Learned(model, trials, histories)
+    patience = max(epochs // PILOTS_PATIENCE, 1)
+    first = {**options, "patience": patience}
+    pilots, histories = train_members(builder.each(trials), data, len(trials), epochs, first, False)
+    assert isinstance(pilots, EnergyEnsemble)
+    rest, epochs = after_pilots(pilots, trials, histories, builder, members, epochs, options)
+    if not rest:
+        return Learned(pilots, trials, histories)
+    if "time_limit" in options:
+        options["time_limit"] = max(until - time.perf_counter(), 1e-3)
+    options["seed"] += len(trials)
+    others, more = train_members(builder.each(rest), data, len(rest), epochs, options, False)
+    assert isinstance(others, EnergyEnsemble)
+    ensemble = EnergyEnsemble([*pilots.models(), *others.models()]).eval()
+    return Learned(ensemble, [*trials, *rest], [*histories, *more])
+
+
+def check_weights(sample_weight: Any, rows: int) -> np.ndarray:
+    """The weights of rows as an array of float64.
+
+    Raises:
+        ValueError: If they are not finite numbers ≥ 0, one for each row, or all are 0.
+    """
+    if sample_weight is None or isinstance(sample_weight, numbers.Real):
+        return np.ones(rows)
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.ndim != 1:
+        raise ValueError(f"Sample weights must be 1D array or scalar: sample_weight has shape {weights.shape}.")
+    if len(weights) != rows:
+        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(rows,)}: one weight for each row of X.")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        row = int((~np.isfinite(weights) | (weights < 0)).argmax())
+        raise ValueError(f"sample_weight has {weights[row]} in row {row}; expected finite numbers ≥ 0.")
+    if not (weights > 0).any():
+        raise ValueError("All sample weights are zero: sample_weight must have a number above zero for some row.")
+    return weights
