@@ -429,7 +429,7 @@ def test_weighted_rows_are_about_repeated_ones():
     """Two lines, one of which counts three times: the mean of y is theirs, weighted."""
     x = np.zeros((400, 1)) + 0.01 * np.arange(400)[:, None] / 400
     y = np.where(np.arange(400) % 2 == 0, 1.0, -1.0) + 0.05 * np.random.default_rng(0).normal(size=400)
-    settings = {"n_members": 1, "epochs": 60, "width": 16, "random_state": 0, "base": "marginal"}
+    settings = {"n_members": 1, "epochs": 60, "width": 8, "depth": 1, "random_state": 0, "base": "marginal"}
     weighted = EnergyRegressor(**settings).fit(x, y, sample_weight=np.where(y > 0, 3.0, 1.0))
     rows = np.repeat(np.arange(400), np.where(y > 0, 3, 1))
     repeated = EnergyRegressor(**settings).fit(x[rows], y[rows])

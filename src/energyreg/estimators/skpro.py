@@ -262,37 +262,16 @@ def _points(block: RowBlock) -> tuple[Tensor, Tensor]:
 class EnergyProbaRegressor(BaseProbaRegressor):
     """:class:`~energyreg.estimators.table.EnergyRegressor` as a regressor of skpro.
 
-    The parameters are the same, but for those of several outputs, and so are the predictions: the mean, intervals and
-    quantiles are those of `predict`, `predict_interval` and `predict_quantiles`, and `predict_proba` returns the
-    density of `predict_distribution` as an :class:`EnergyDistribution`. Tables may hold text, categories, dates and
-    missing values.
+    The predictions are those of the estimator: the mean, intervals and quantiles are those of `predict`,
+    `predict_interval` and `predict_quantiles`, and `predict_proba` returns the density of `predict_distribution` as an
+    :class:`EnergyDistribution`. Tables may hold text, categories, dates and missing values. For a count the
+    distribution and the variance are of the continuous density; with `conformal` only intervals are conformal.
 
     One output only: skpro's distributions are tables of marginals, which would lose the joint density.
 
     Args:
-        target: Where y lives; see :class:`~energyreg.estimators.table.EnergyRegressor`, also for all that follows.
-            With "count" point predictions, intervals and quantiles are those of the counts, while the distribution and
-            the variance are of the continuous density.
-        n_members: Models of the ensemble.
-        epochs: Passes over the training rows.
-        batch_size: Rows per step.
-        learning_rate: Peak learning rate.
-        width: Width of the encoder.
-        depth: Its hidden layers.
-        dropout: Dropout probability after each of them.
-        frequency_scale: How fast the encoder's periodic features vary, or "auto".
-        base: Base measure: "marginal", "proposal" or "auto".
-        num_components: Gaussians of the mixture density network, where there is one.
-        validation_fraction: Share of the rows held out.
-        time_budget: Seconds that `fit` may take, about.
-        calibrate: Whether temperature and defensive mixture weight are chosen on the validation rows.
-        conformal: Whether `predict_interval` is conformal; quantiles and distributions stay those of the density.
-        max_levels: Categories of a column with a code of their own.
-        min_count: Training rows that a category needs for that.
-        random_state: Seed of everything.
-        n_jobs: Threads of torch.
-        device: "cpu", "cuda", "auto", or None for the CPU.
-        verbose: Whether a progress bar and the choices are shown.
+        regressor: The estimator, which is cloned for each `fit`; ``EnergyRegressor()`` by default. Its parameters are
+            ``regressor__n_members`` and so on for `set_params` and for tuning.
 
     Attributes:
         estimator_: The fitted :class:`~energyreg.estimators.table.EnergyRegressor`.
@@ -302,11 +281,13 @@ class EnergyProbaRegressor(BaseProbaRegressor):
 
     >>> import numpy as np
     >>> import pandas as pd
+    >>> from energyreg import EnergyRegressor
     >>> from energyreg.estimators.skpro import EnergyProbaRegressor
     >>> rng = np.random.default_rng(0)
     >>> X = pd.DataFrame({"a": rng.normal(size=100), "b": rng.choice(["u", "v"], 100)})
     >>> y = pd.DataFrame({"price": X["a"] + rng.normal(size=100)})
-    >>> regressor = EnergyProbaRegressor(n_members=1, epochs=2, width=8, random_state=0).fit(X, y)
+    >>> estimator = EnergyRegressor(n_members=1, epochs=2, width=8, random_state=0)
+    >>> regressor = EnergyProbaRegressor(estimator).fit(X, y)
     >>> regressor.predict_proba(X[:3]).mean().shape, regressor.predict_interval(X[:3], coverage=0.9).shape
     ((3, 1), (3, 2))
     """
@@ -318,52 +299,8 @@ class EnergyProbaRegressor(BaseProbaRegressor):
         "y_inner_mtype": "pd_DataFrame_Table",
     }
 
-    def __init__(
-        self,
-        *,
-        target: Any = "real",
-        n_members: Any = "auto",
-        epochs: Any = "auto",
-        batch_size: int | None = None,
-        learning_rate: float = 3e-3,
-        width: Any = "auto",
-        depth: int = 2,
-        dropout: float | None = None,
-        frequency_scale: Any = "auto",
-        base: str = "auto",
-        num_components: int = 8,
-        validation_fraction: float | None = 0.1,
-        time_budget: float | None = None,
-        calibrate: bool = True,
-        conformal: bool = False,
-        max_levels: int = 256,
-        min_count: int = 4,
-        random_state: Any = None,
-        n_jobs: int | None = None,
-        device: str | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.target = target
-        self.n_members = n_members
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.width = width
-        self.depth = depth
-        self.dropout = dropout
-        self.frequency_scale = frequency_scale
-        self.base = base
-        self.num_components = num_components
-        self.validation_fraction = validation_fraction
-        self.time_budget = time_budget
-        self.calibrate = calibrate
-        self.conformal = conformal
-        self.max_levels = max_levels
-        self.min_count = min_count
-        self.random_state = random_state
-        self.n_jobs = n_jobs
-        self.device = device
-        self.verbose = verbose
+    def __init__(self, regressor: EnergyRegressor | None = None) -> None:
+        self.regressor = regressor
         super().__init__()
 
     def _fit(self, X: pd.DataFrame, y: pd.DataFrame) -> EnergyProbaRegressor:
@@ -372,7 +309,10 @@ class EnergyProbaRegressor(BaseProbaRegressor):
                 f"y has {y.shape[1]} columns; expected one, as skpro's distributions hold marginals only. For the "
                 "joint density use energyreg.EnergyRegressor."
             )
-        self.estimator_ = EnergyRegressor(**self.get_params(deep=False)).fit(X, y.iloc[:, 0].to_numpy())
+        from sklearn.base import clone
+
+        estimator = EnergyRegressor() if self.regressor is None else clone(self.regressor)
+        self.estimator_ = estimator.fit(X, y.iloc[:, 0].to_numpy())
         return self
 
     def _fitted(self) -> EnergyRegressor:
@@ -412,5 +352,6 @@ class EnergyProbaRegressor(BaseProbaRegressor):
         Args:
             parameter_set: Ignored; there is one set.
         """
-        small = {"epochs": 2, "width": 8, "depth": 1, "random_state": 0}
-        return [{**small, "n_members": 1}, {**small, "n_members": 2, "target": "positive", "conformal": True}]
+        small: dict[str, Any] = {"epochs": 2, "width": 8, "depth": 1, "random_state": 0}
+        conformal = EnergyRegressor(**small, n_members=2, target="positive", conformal=True)
+        return [{"regressor": EnergyRegressor(**small, n_members=1)}, {"regressor": conformal}]
