@@ -44,6 +44,22 @@ def _import(options: Options) -> Measurement:
     return Measurement(own, seconds={"energyreg": own, "torch": torchs}, details={"runs": len(runs)})
 
 
+HELP = [sys.executable, "-m", "energyreg", "--help"]
+
+
+def _help(options: Options) -> Measurement:
+    """The command line's help, and the start of Python alone."""
+
+    def seconds(command: list[str]) -> float:
+        started = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True, env=environment(), cwd=ROOT)
+        return time.perf_counter() - started
+
+    runs = [(seconds([sys.executable, "-c", ""]), seconds(HELP)) for _ in range(options.size(7, quick=3, tiny=1))]
+    python, whole = (statistics.median(column) for column in zip(*runs, strict=True))
+    return Measurement(whole - python, seconds={"help": whole, "python": python}, details={"runs": len(runs)})
+
+
 def _load(options: Options) -> Measurement:
     torch.manual_seed(0)
     model = er.EnergyRegressionModel.for_table(FEATURES, width=options.size(256, tiny=16))
@@ -83,6 +99,9 @@ BENCHMARKS = [
     Benchmark(
         "import", "`import energyreg` and its core, over the import of torch", "≤ 0.2 s", _import, 0.2,
         format="{:.3f} s", once=True,
+    ),
+    Benchmark(
+        "help", "`energyreg --help` over the start of Python", "none set", _help, format="{:.2f} s", once=True,
     ),
     Benchmark(
         "load", "`er.load` of the default model", "none set", _load, format="{:.1f} ms", guarded="ratio", once=True,

@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from energyreg.files import write_atomically
 from experiments.detection.data import SETS
 from experiments.detection.methods import METHODS
 from experiments.detection.scores import THRESHOLDS
-from experiments.images.report import standard_error
+from experiments.results import Record, Records, mark, mean_and_error, read, standard_error, write_page
 
 __all__ = ["report"]
 
-Record = dict[str, Any]
-Records = dict[tuple[str, str], dict[int, Record]]
-"""Results by set and method, then by fold."""
 
 RIVALS = ("direct", "direct-iterated")
 """Regressions without an energy on the same crops: what an energy must be ahead of."""
 CLAIMED = ("nce+", "ours")
 GAIN, SHARE = 2.0, 50.0
 """Targets: points of AP over the detector, and percent of its own time."""
-
-
-def read(results: Path) -> Records:
-    """All results but those of other experiments in the folder."""
-    records: Records = defaultdict(dict)
-    for path in sorted(results.glob("*/*/*.json")):
-        record = json.loads(path.read_text())
-        if {"set", "fold", "method"} <= set(record):
-            records[record["set"], record["method"]][record["fold"]] = record
-    return dict(records)
-
-
-def mean_and_error(values: np.ndarray, digits: int = 1, sign: str = "") -> str:
-    """The mean with its standard error; nothing where a value is missing."""
-    if not len(values) or np.isnan(values).any():
-        return ""
-    text = f"{values.mean():{sign}.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {standard_error(values):.{digits}f}"
 
 
 def difference(records: Records, info: str, one: str, other: str, score: str = "AP") -> np.ndarray:
@@ -73,7 +49,7 @@ def _boxes_table(records: Records, info: str) -> list[str]:
         against = ["" if method == other or itself else mean_and_error(difference(records, info, method, other), 1, "+")
                    for other in ("detector", "direct")]  # fmt: skip
         cells = [
-            mean_and_error(np.array([record["AP"] for record in found])), *against,
+            mean_and_error(np.array([record["AP"] for record in found]), 1), *against,
             *(f"{means[name]:.1f}" for name in THRESHOLDS[1:]), f"{100 * means['iou_after']:.1f}",
             "" if itself else mean_and_error(gain, 2, "+"), "" if itself else f"{100 * means['better']:.0f} %",
             f"{time:.0f}", *("" if itself else f"{share(records, info, method, which).mean():.0f} %"
@@ -110,7 +86,7 @@ def _density_table(records: Records, info: str) -> list[str]:
         cells = [
             mean_and_error(nll, 2), "" if method == "gaussian" else mean_and_error(ahead, 2, "+"),
             f"{100 * coverage:.0f} %", f"{standardised:.3g}", f"{pit:.3f}", f"{worth:.0f}",
-            mean_and_error(np.array([record["rescored"]["AP"] for record in scored])), mean_and_error(extra, 1, "+"),
+            mean_and_error(np.array([record["rescored"]["AP"] for record in scored]), 1), mean_and_error(extra, 1, "+"),
         ]  # fmt: skip
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     head = ["| method | NLL | NLL − Gaussian's | coverage of 90 % | standardised error | PIT distance | "
@@ -136,10 +112,6 @@ def _short(value: Any) -> str:
     return "–".join(f"{each:g}" for each in (value[0], value[-1])) if isinstance(value, list) else f"{value}"
 
 
-def _mark(reached: bool) -> str:
-    return "reached" if reached else "missed"
-
-
 def _verdicts(records: Records) -> list[str]:
     sets = [info.name for info in SETS if _known(records, info.name)]
     lines = []
@@ -156,7 +128,7 @@ def _verdicts(records: Records) -> list[str]:
             good += fine
             parts.append(
                 f"{info} {mean_and_error(gain, 1, '+')} over the detector, {mean_and_error(lead, 1, '+')} over "
-                f"{strongest}, {_mark(fine)}"
+                f"{strongest}, {mark(fine)}"
             )
         lines.append(
             f"- {method}: at least {GAIN:+.1f} AP over the detector and ahead of direct regression, both by more than "
@@ -169,9 +141,7 @@ def _verdicts(records: Records) -> list[str]:
             if len(found):
                 good += found.mean() <= SHARE
                 bulk = share(records, info, method, "milliseconds_in_bulk").mean()
-                parts.append(
-                    f"{info} {found.mean():.0f} %, {_mark(bool(found.mean() <= SHARE))} (in bulk {bulk:.0f} %)"
-                )
+                parts.append(f"{info} {found.mean():.0f} %, {mark(bool(found.mean() <= SHARE))} (in bulk {bulk:.0f} %)")
         lines.append(
             f"- {method}: refinement in at most {SHARE:.0f} % of the detector's own time: **{good} of {len(parts)}** "
             f"sets. {'; '.join(parts)}."
@@ -185,7 +155,7 @@ def report(results: Path) -> None:
     Args:
         results: Folder of results.
     """
-    records = read(results)
+    records = read(results, "set", "fold")
     lines = [
         "# Results", "", "Made by `python -m experiments.detection report`; see ../README.md for what everything is. "
         "Mean ± standard error over folds; differences are paired by fold. AP in percent, over IoU from 0.5 to 0.95. "
@@ -211,5 +181,6 @@ def report(results: Path) -> None:
             *_boxes_table(records, info.name), "", *([*density, ""] if density else []),
             *_settings(records, info.name), "",
         ]  # fmt: skip
-    write_atomically(results / "README.md", "\n".join(lines).rstrip().encode() + b"\n")
-    print(f"Wrote {results / 'README.md'}.")
+    while not lines[-1]:
+        lines.pop()
+    write_page(results, [*lines, ""])

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from energyreg.files import write_atomically
 from experiments.images.data import TASKS
 from experiments.images.methods import METHODS, PAPER_COMPONENTS
 from experiments.images.run import PICTURED
+from experiments.results import Records, common, digits_for, mark, mean_and_error, read, standard_error, write_page
 
 __all__ = ["report"]
 
-Records = dict[tuple[str, str], dict[int, dict[str, Any]]]
 
 ENERGIES = ("ours-tuned", "ours", "ours-gaussian", "ours-marginal", "ours-joint", "nce", "learned", "snl")
 """Energy-based models of one network each; ensembles are compared with ensembles."""
 DIRECT = ("direct-l2", "direct-l1")
 RIDGE = (4.4, 5.4, 4.3)
 """Errors in yaw, pitch and roll that the issue asks to be below: ridge regression's on all test rows."""
-
-
-def read(results: Path) -> Records:
-    """Results by task and method, then by seed."""
-    records: Records = defaultdict(dict)
-    for path in sorted(results.glob("*/*/*.json")):
-        record = json.loads(path.read_text())
-        records[record["task"], record["method"]][record["seed"]] = record
-    return dict(records)
-
-
-def common(records: Records, task: str, *methods: str) -> list[int]:
-    """Seeds that all of these methods have."""
-    return sorted(set.intersection(*(set(records.get((task, method), ())) for method in methods)))
 
 
 def values(records: Records, task: str, method: str, score: str, seeds: Sequence[int]) -> np.ndarray:
@@ -55,27 +38,6 @@ def values(records: Records, task: str, method: str, score: str, seeds: Sequence
 
     found = [one(records[task, method][seed]) for seed in seeds]
     return np.array([math.inf if value is None else value for value in found], dtype=float)
-
-
-def standard_error(scores: np.ndarray) -> float:
-    """Standard error of the mean; not a number where there are less than two."""
-    return float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
-
-
-def mean_and_error(scores: np.ndarray, digits: int = 3, sign: str = "") -> str:
-    """The mean with its standard error."""
-    if np.isnan(scores).any():
-        return ""
-    if not np.isfinite(scores).all():
-        return "diverged"
-    text = f"{scores.mean():{sign}.{digits}f}"
-    return text if len(scores) < 2 else f"{text} ± {standard_error(scores):.{digits}f}"
-
-
-def digits_for(scores: Sequence[float]) -> int:
-    """Digits behind the point that show three figures of the smallest score."""
-    least = min((abs(score) for score in scores if math.isfinite(score) and score), default=1.0)
-    return min(max(2 - math.floor(math.log10(least)), 1), 5)
 
 
 def _present(records: Records, task: str) -> list[str]:
@@ -95,7 +57,7 @@ def _scores_table(records: Records, task: str) -> list[str]:
     places = {}
     for _, score, digits in columns:
         means = [values(records, task, m, score, common(records, task, m)).mean() for m in _present(records, task)]
-        places[score] = digits if digits is not None else digits_for(means)
+        places[score] = digits if digits is not None else digits_for(means, 5)
     for method in _present(records, task):
         seeds = common(records, task, method)
         cells = [mean_and_error(values(records, task, method, score, seeds), places[score]) for _, score, _ in columns]
@@ -125,7 +87,7 @@ def _paired_table(records: Records, task: str) -> list[str]:
                 cells.append("")
                 continue
             found = difference(records, task, method, other, score)
-            cells.append(mean_and_error(found, 3 if score == "nll" else digits_for([found.mean()]), "+"))
+            cells.append(mean_and_error(found, 3 if score == "nll" else digits_for([found.mean()], 5), "+"))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
 
@@ -149,10 +111,6 @@ def _beyond(scores: np.ndarray) -> bool:
     return len(scores) > 1 and bool(np.isfinite(scores).all()) and scores.mean() < -standard_error(scores)
 
 
-def _mark(reached: bool, known: bool = True) -> str:
-    return "reached" if reached else "missed" if known else "not known"
-
-
 def _verdicts(records: Records) -> list[str]:
     tasks = [task.name for task in TASKS if _present(records, task.name)]
     lines = []
@@ -165,7 +123,7 @@ def _verdicts(records: Records) -> list[str]:
                 continue
             found = difference(records, task, ours, other)
             good, told = good + _beyond(found), told + 1
-            parts.append(f"{task} ({ours}) {mean_and_error(found, 3, '+')}, {_mark(_beyond(found), len(found) > 1)}")
+            parts.append(f"{task} ({ours}) {mean_and_error(found, 3, '+')}, {mark(_beyond(found), len(found) > 1)}")
         lines.append(f"- NLL below the {other}'s by more than 1 s.e.: **{good} of {told}** tasks. {'; '.join(parts)}.")
     lines += _calibrated(records, tasks)
     parts, good, told = [], 0, 0
@@ -176,8 +134,8 @@ def _verdicts(records: Records) -> list[str]:
         found = difference(records, task, ours, direct, "mae")
         fine = len(found) > 1 and bool(found.mean() <= standard_error(found))
         good, told = good + fine, told + 1
-        text = mean_and_error(found, digits_for([found.mean()]), "+")
-        parts.append(f"{task} ({ours} − {direct}) {text}, {_mark(fine, len(found) > 1)}")
+        text = mean_and_error(found, digits_for([found.mean()], 5), "+")
+        parts.append(f"{task} ({ours} − {direct}) {text}, {mark(fine, len(found) > 1)}")
     lines.append(
         f"- MAE no worse than direct regression's by more than 1 s.e.: **{good} of {told}** tasks. {'; '.join(parts)}."
     )
@@ -195,7 +153,7 @@ def _calibrated(records: Records, tasks: Sequence[str]) -> list[str]:
             if common(records, task, "ours-tuned", other):
                 found = difference(records, task, "ours-tuned", other, "nll of calibrated")
                 name = task if other == "mixture" else f"{task} against {other}"
-                parts.append(f"{name} {mean_and_error(found, 3, '+')}, {_mark(_beyond(found), len(found) > 1)}")
+                parts.append(f"{name} {mean_and_error(found, 3, '+')}, {mark(_beyond(found), len(found) > 1)}")
     if not parts:
         return []
     return [f"- The same of ours-tuned, both calibrated on the validation rows: {'; '.join(parts)}."]
@@ -214,7 +172,7 @@ def _teacher(records: Records, tasks: Sequence[str]) -> list[str]:
         if common(records, task, "teacher", "mixture"):
             found = taught(records, task)
             good, told = good + _beyond(found), told + 1
-            parts.append(f"{task} {mean_and_error(found, 3, '+')}, {_mark(_beyond(found), len(found) > 1)}")
+            parts.append(f"{task} {mean_and_error(found, 3, '+')}, {mark(_beyond(found), len(found) > 1)}")
     return [
         f"- The teacher improves the NLL of the mixture of as many Gaussians ({PAPER_COMPONENTS}) by more than 1 s.e.: "
         f"**{good} of {told}** tasks (target: 3 of 4). {'; '.join(parts)}."
@@ -231,8 +189,8 @@ def _age(records: Records, chosen: dict[str, str | None]) -> list[str]:
     more = f" Refined from the direct estimate: {np.mean([r['mae_refined'] for r in refined.values()]):.3f}."
     return [
         f"- Age MAE of {ours} {one.mean():.3f} against {other.mean():.3f} of direct L1 (mean of {len(seeds)} seeds; "
-        f"the best seed of direct L1 {other.min():.3f}): {_mark(bool(one.mean() <= other.mean()))} by the mean, "
-        f"{_mark(bool(one.mean() <= other.min()))} against its best seed.{more if refined else ''}"
+        f"the best seed of direct L1 {other.min():.3f}): {mark(bool(one.mean() <= other.mean()))} by the mean, "
+        f"{mark(bool(one.mean() <= other.min()))} against its best seed.{more if refined else ''}"
     ]
 
 
@@ -245,7 +203,7 @@ def _pose(records: Records) -> list[str]:
         errors = np.mean(found, axis=0)
         below = [f"{error:.2f}" for error in errors]
         reached = bool((errors < RIDGE).all())
-        lines.append(f"  - {method}: {' / '.join(below)}°, {_mark(reached)}")
+        lines.append(f"  - {method}: {' / '.join(below)}°, {mark(reached)}")
     if not lines:
         return []
     ridge = next((r["ridge"] for (_, _), found in records.items() for r in found.values() if "ridge" in r), None)
@@ -305,7 +263,7 @@ def report(results: Path, pictures: Path | None = None) -> None:
         results: Folder of results.
         pictures: Folder of the pictures; none without it.
     """
-    records = read(results)
+    records = read(results, "task", "seed")
     lines = [
         "# Results", "", "Made by `python -m experiments.images report`; see ../README.md for what everything is. Mean "
         "± standard error over the seeds that a method has so far; the paired differences are over those that both "
@@ -322,8 +280,7 @@ def report(results: Path, pictures: Path | None = None) -> None:
                   *_paired_table(records, task.name), "", *_notes(records, task.name)]  # fmt: skip
         if pictures is not None and (path := draw(records, task.name, pictures)) is not None:
             print(f"Drew {path}.")
-    write_atomically(results / "README.md", "\n".join(lines).encode())
-    print(f"Wrote {results / 'README.md'}.")
+    write_page(results, lines)
 
 
 def _notes(records: Records, task: str) -> list[str]:

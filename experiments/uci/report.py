@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import wilcoxon
 
-from energyreg.files import write_atomically
+from experiments.results import Records, common, digits_for, mean_and_error, read, write_page
 from experiments.uci.data import TABLES
 from experiments.uci.methods import METHODS
 
@@ -22,44 +20,11 @@ OURS = "energy"
 BEST_WITHIN = 0.10
 """Nats by which the estimator may at most be behind the best."""
 
-Records = dict[tuple[str, str], dict[int, dict[str, Any]]]
-
-
-def read(results: Path) -> Records:
-    """Results by table and method, then by split."""
-    records: Records = defaultdict(dict)
-    for path in sorted(results.glob("*/*/*.json")):
-        record = json.loads(path.read_text())
-        records[record["table"], record["method"]][record["split"]] = record
-    return records
-
-
-def common(records: Records, table: str, methods: Sequence[str]) -> list[int]:
-    """Splits that all of these methods have."""
-    return sorted(set.intersection(*(set(records.get((table, method), ())) for method in methods)))
-
 
 def values(records: Records, table: str, method: str, score: str, splits: Sequence[int]) -> np.ndarray:
     """A score on some splits; a diverged one counts as infinite."""
     found = records[table, method]
     return np.array([math.inf if found[i][score] is None else found[i][score] for i in splits], dtype=float)
-
-
-def _number(value: float, digits: int) -> str:
-    return "diverged" if not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _mean(scores: np.ndarray, digits: int) -> str:
-    if len(scores) < 2:
-        return _number(scores.mean(), digits)
-    error = scores.std(ddof=1) / math.sqrt(len(scores))
-    return f"{_number(scores.mean(), digits)} ± {error:.{digits}f}" if math.isfinite(error) else "diverged"
-
-
-def _digits(scores: Sequence[float]) -> int:
-    """Digits behind the point that show three figures of the smallest score."""
-    least = min((abs(score) for score in scores if math.isfinite(score) and score), default=1.0)
-    return min(max(2 - math.floor(math.log10(least)), 1), 6)
 
 
 def _table(records: Records, score: str, methods: Sequence[str], digits: int | None, ranked: bool) -> list[str]:
@@ -71,20 +36,20 @@ def _table(records: Records, score: str, methods: Sequence[str], digits: int | N
         if OURS not in known:
             continue
         full = [method for method in known if not _partial(records, table.name, method)]
-        splits = common(records, table.name, full)
+        splits = common(records, table.name, *full)
         if not splits:
             continue
         means = {}
         cells = {}
         for method in known:
-            own = splits if method in full else common(records, table.name, [method, OURS])
+            own = splits if method in full else common(records, table.name, method, OURS)
             quantiles_only = score == "nll" and method == "lightgbm"
             if not own or quantiles_only:
                 continue
             scores = values(records, table.name, method, score, own)
             means[method] = scores.mean()
             cells[method] = scores, len(own)
-        places = digits if digits is not None else _digits(list(means.values()))
+        places = digits if digits is not None else digits_for(list(means.values()), 6)
         ours_first = [method for method in means if method in full]
         best = min(ours_first, key=lambda method: means[method]) if ranked else None
         row = []
@@ -93,7 +58,7 @@ def _table(records: Records, score: str, methods: Sequence[str], digits: int | N
                 row.append("")
                 continue
             scores, count = cells[method]
-            text = _mean(scores, places)
+            text = mean_and_error(scores, places)
             text = f"**{text}**" if method == best else text
             row.append(text + ("" if method in full else f" ({count})"))
         if ranked and "rounded" not in table.name:
@@ -124,14 +89,14 @@ def _paired(records: Records, score: str, methods: Sequence[str]) -> list[str]:
                 continue
             mine, theirs = records[table.name, OURS], records[table.name, method]
             splits = [
-                i for i in common(records, table.name, [OURS, method]) if mine[i]["test_rows"] == theirs[i]["test_rows"]
+                i for i in common(records, table.name, OURS, method) if mine[i]["test_rows"] == theirs[i]["test_rows"]
             ]
             if not splits or any(records[table.name, method][i][score] is None for i in splits):
                 row.append("")
                 continue
             difference = values(records, table.name, method, score, splits)
             difference = difference - values(records, table.name, OURS, score, splits)
-            places = 3 if score == "nll" else _digits([difference.mean()])
+            places = 3 if score == "nll" else digits_for([difference.mean()], 6)
             text = f"{difference.mean():+.{places}f}"
             if _partial(records, table.name, method):
                 text += f" ({len(splits)})"
@@ -152,7 +117,7 @@ def _verdicts(records: Records, methods: Sequence[str]) -> list[str]:
             known = [method for method in methods if not _partial(records, table.name, method)]
             if OURS not in known or "rounded" in table.name:
                 continue
-            splits = common(records, table.name, known)
+            splits = common(records, table.name, *known)
             if not splits:
                 continue
             means = {
@@ -178,7 +143,7 @@ def report(results: Path) -> None:
     Args:
         results: Folder of results.
     """
-    records = read(results)
+    records = read(results, "table", "split")
     methods = [method.name for method in METHODS if any(name == method.name for _, name in records)]
     dense = [method for method in methods if method != "lightgbm"]
     sections: list[tuple[str, Callable[[], list[str]]]] = [
@@ -201,5 +166,4 @@ def report(results: Path) -> None:
     ]  # fmt: skip
     for title, make in sections:
         lines += [f"## {title}", "", *make(), ""]
-    write_atomically(results / "README.md", "\n".join(lines).encode())
-    print(f"Wrote {results / 'README.md'}.")
+    write_page(results, lines)

@@ -10,7 +10,6 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,12 @@ from experiments.claims import do_each, in_processes
 from experiments.uci.data import Split, Table, load
 from experiments.uci.methods import Method, Outcome
 
-__all__ = ["RESULTS", "run", "select", "work"]
+__all__ = ["RESULTS", "run", "work"]
 
 RESULTS = Path(__file__).parent / "results"
 LEVEL = 0.9
 
 Piece = tuple[Table, Method, int]
-
-
-def select(names: Sequence[Any], pattern: str) -> list[Any]:
-    """What has a name that matches one of some shell patterns, parted by commas."""
-    return [item for item in names if any(fnmatch(item.name, part) for part in pattern.split(","))]
 
 
 def work(tables: Sequence[Table], methods: Sequence[Method], splits: int) -> list[Piece]:

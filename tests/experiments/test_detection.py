@@ -180,7 +180,8 @@ def test_frozen_half_and_the_rest_make_the_whole_detector(folder: Path, tmp_path
             found = made.backbone.upper([each[None] for each in lower.maps])["0"]
             expected = made([picture.image])[0]
         rows = seen.pyramid.table[place * 256 : (place + 1) * 256].T.reshape(-1, 16, 16)
-        torch.testing.assert_close(rows[:, : found.shape[2], : found.shape[3]], found[0])
+        # Sums in another order, in single precision.
+        torch.testing.assert_close(rows[:, : found.shape[2], : found.shape[3]], found[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(seen.detections[place]["boxes"], expected["boxes"])
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from experiments.command_line import select
 from experiments.uci.data import TABLES, Split, Table, load
 from experiments.uci.forecasts import GaussianForecast, QuantileForecast, SampleForecast
 from experiments.uci.methods import METHODS, Method
 from experiments.uci.report import report
-from experiments.uci.run import run, select, work
+from experiments.uci.run import run, work
 
 RNG = np.random.default_rng(0)
 

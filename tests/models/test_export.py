@@ -60,6 +60,7 @@ def test_exported_log_density_is_that_of_the_model(kind: str, space: str) -> Non
     torch.testing.assert_close(exported, model(x).log_prob(y), rtol=0, atol=0.05 if sampled else 2e-4)
 
 
+@pytest.mark.slow  # half a minute of compiling; that the density is one graph of these numbers is checked above
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler itself
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_compiled_log_density_is_that_of_the_model() -> None:
