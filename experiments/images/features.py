@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from energyreg.images.files import ImageFiles, extract_features
+from energyreg.images.features import extract_features
+from energyreg.images.files import ImageFiles
 from energyreg.networks.image_encoders import ImageEncoder
 
 __all__ = ["Grid", "Stages", "features_of", "pooled"]

@@ -102,14 +102,13 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from energyreg import datasets, plots, tables, vision
+    from energyreg import datasets, images, plots, tables, vision
     from energyreg.densities import bases, noise, spaces
     from energyreg.estimators.image import ImageRegressor
     from energyreg.estimators.table import EnergyRegressor
     from energyreg.evaluation import metrics
     from energyreg.files import CheckpointError
     from energyreg.images import augment
-    from energyreg.images import files as images
     from energyreg.inference import integrators, mcmc
     from energyreg.inference.ascent import refine
     from energyreg.inference.points import WeightedPoints

@@ -11,7 +11,7 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 import energyreg as er
-from energyreg.images.files import ImageFileError
+from energyreg.images.reading import ImageFileError
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("timm")

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import energyreg as er
-from energyreg.images import files as images
+from energyreg.images import features as image_features
+from energyreg.images import files as image_files
+from energyreg.images.features import extract_features
 from energyreg.images.files import (
-    ImageFileError,
     ImageFiles,
     ImageMemoryError,
     ImageWorkerError,
     explain_memory,
-    extract_features,
     image_loader,
     image_paths,
-    read_rgb,
 )
+from energyreg.images.reading import ImageFileError, read_rgb
 from energyreg.networks.heads import SeparableHead
 from energyreg.networks.image_encoders import ImageEncoder
 
@@ -182,7 +182,7 @@ def test_files_come_from_lists_arrays_columns_and_folders(folder: Path) -> None:
 
 
 def test_errors_about_files_come_before_any_pixel_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "read_rgb", lambda *arguments: pytest.fail("an image was read"))
+    monkeypatch.setattr(image_files, "read_rgb", lambda *arguments: pytest.fail("an image was read"))
     some = [str(path) for path in paths_of(folder)]
     (folder / "empty").mkdir()
     (folder / "empty" / "a.txt").write_text("")
@@ -387,7 +387,7 @@ def test_work_goes_on_where_it_was_killed(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(images, "SHARD", 4)
+    monkeypatch.setattr(image_features, "SHARD", 4)
 
     class Killed(Mean):
         def forward(self, x: Tensor) -> Tensor:
@@ -396,7 +396,7 @@ def test_work_goes_on_where_it_was_killed(
             return super().forward(x)
 
     files = ImageFiles(paths_of(folder), size=4)
-    monkeypatch.setattr(images, "_network_key", lambda *arguments: "key")
+    monkeypatch.setattr(image_features, "_network_key", lambda *arguments: "key")
     child = os.fork()
     if child == 0:
         extract_features(Killed(), files, 2, cache=cache)

@@ -85,7 +85,7 @@ def about_images(
     path: Path, files: DataFrame, targets: Sequence[str], numbers: Sequence[int], *, fitting: bool = False
 ) -> Iterator[None]:
     """As `about` for a column of files, in rows of the table with these numbers."""
-    from energyreg.images.files import ImageFileError
+    from energyreg.images.reading import ImageFileError
 
     column = str(files.columns[0])
     with about(path, targets):

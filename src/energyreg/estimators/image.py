@@ -18,7 +18,8 @@ from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows
 from energyreg.estimators.learning import Rows, check_weights, prepare
 from energyreg.estimators.settings import Settings, check_whole, find_device, threads
 from energyreg.estimators.table import EnergyRegressor
-from energyreg.images.files import ImageFiles, explain_memory, extract_features, file_key, image_loader
+from energyreg.images.features import extract_features, file_key
+from energyreg.images.files import ImageFiles, explain_memory, image_loader
 from energyreg.models import checkpoint
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.networks.encoders import VectorEncoder

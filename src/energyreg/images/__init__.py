@@ -1,18 +1,16 @@
 """Images as data: reading, files, cached features, augmentation. No model."""
 
+from energyreg.images.features import extract_features
 from energyreg.images.files import (
-    ImageFileError,
     ImageFiles,
     ImageLoader,
     ImageMemoryError,
     ImageWorkerError,
     explain_memory,
-    extract_features,
     image_loader,
     image_paths,
-    read_rgb,
-    thumbnail,
 )
+from energyreg.images.reading import ImageFileError, read_rgb, thumbnail
 
 __all__ = [
     "ImageFileError",

@@ -14,7 +14,7 @@ import torch
 
 from energyreg import plots
 from energyreg.evaluation.scores import QUANTILES
-from energyreg.images.files import thumbnail
+from energyreg.images.reading import thumbnail
 from energyreg.inference.modes import Modes
 from energyreg.reports.content import Drawing, Gallery, GalleryItem, Section, Table
 from energyreg.reports.numbers import minus, number

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from energyreg.images.files import ImageFileError, as_rgb
+from energyreg.images.reading import ImageFileError, as_rgb
 from energyreg.vision.boxes.geometry import check_boxes, torchvision
 
 __all__ = ["BoxDataset", "BoxRecord"]
