@@ -200,13 +200,15 @@ def _training_table(
 
 
 def _target_kind(text: str) -> Any:
-    from energyreg.estimators.targets import parse_kind
-
+    # Apart from the estimator's own parser, which imports torch: wrong usage is answered at once.
     kind, colon, ends = text.partition(":")
-    with contextlib.suppress(ValueError):
-        given = (kind, *(float(end) for end in ends.split(","))) if colon else kind
-        parse_kind(given)
-        return given
+    if kind in ("real", "positive", "count") and not colon:
+        return kind
+    if kind in ("interval", "circle") and colon:
+        with contextlib.suppress(ValueError):
+            low, high = (float(end) for end in ends.split(","))
+            if math.isfinite(low) and math.isfinite(high) and low < high:
+                return kind, low, high
     raise InputError(
         f"--target-kind is {text!r}; expected real, positive, count, interval:LOW,HIGH or circle:LOW,HIGH, LOW < HIGH."
     )

@@ -15,8 +15,8 @@ from energyreg.cli.inputs import about, about_images, image_files, present
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from energyreg.estimators.core import DensityRegressor
     from energyreg.estimators.image import ImageRegressor
-    from energyreg.estimators.table import EnergyRegressor
 
 __all__ = ["Fitted", "FittedOnImages", "about_training", "load", "save", "use_threads"]
 
@@ -31,7 +31,7 @@ class Fitted:
         facts: Entries of the file by their names: targets, rows, data, version and others.
     """
 
-    regressor: EnergyRegressor
+    regressor: DensityRegressor
     path: Path
     facts: Mapping[str, Any]
     shown_kind: ClassVar[str] = ""
@@ -154,7 +154,7 @@ def load(path: Path, threads: int | None = None, data: Path | None = None) -> Fi
     return FittedOnImages(regressor, path, facts)
 
 
-def save(regressor: EnergyRegressor, path: Path, facts: Mapping[str, Any]) -> Path:
+def save(regressor: DensityRegressor, path: Path, facts: Mapping[str, Any]) -> Path:
     """Write the estimator with the names of its targets; the file appears whole or not at all."""
     import tempfile
 
@@ -174,7 +174,7 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def about_training(regressor: EnergyRegressor) -> dict[str, Any]:
+def about_training(regressor: DensityRegressor) -> dict[str, Any]:
     """What `fit` and `info` tell of a training."""
     calibration = regressor.calibration_
     return {

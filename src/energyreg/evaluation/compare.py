@@ -24,7 +24,7 @@ from energyreg.evaluation.scores import (
 )
 
 if TYPE_CHECKING:
-    from energyreg.estimators.table import EnergyRegressor
+    from energyreg.estimators.core import DensityRegressor
 
 __all__ = ["evaluate", "evaluate_linear", "permutation_importance"]
 
@@ -33,7 +33,7 @@ BLOCK_ROWS = 512
 
 
 def evaluate(
-    regressor: EnergyRegressor,
+    regressor: DensityRegressor,
     chunks: Iterable[tuple[Any, Array]],
     *,
     seed: int = 0,
@@ -63,7 +63,7 @@ def evaluate(
 
 
 def _score(
-    regressor: EnergyRegressor, marginal: MarginalForecast, table: Any, y: Array, rng: np.random.Generator
+    regressor: DensityRegressor, marginal: MarginalForecast, table: Any, y: Array, rng: np.random.Generator
 ) -> tuple[RowScores, RowScores]:
     """Scores of a chunk of rows: of the model, by blocks, and of the constant forecast."""
     rows, outputs = y.shape
@@ -81,13 +81,13 @@ def _score(
     return RowScores.join(own), other
 
 
-def _within_rounding(regressor: EnergyRegressor, y: Array, rng: np.random.Generator) -> Array:
+def _within_rounding(regressor: DensityRegressor, y: Array, rng: np.random.Generator) -> Array:
     """The targets, each drawn from the values that round to it where the estimator takes them as rounded."""
     return y if regressor.lattice_step_ is None else rng.uniform(*regressor.target_.bins(y, regressor.lattice_step_))
 
 
 def _score_model(
-    regressor: EnergyRegressor, table: Any, y: Array, within: Array, periods: Sequence[float]
+    regressor: DensityRegressor, table: Any, y: Array, within: Array, periods: Sequence[float]
 ) -> RowScores:
     """Scores of one block of rows, from one predictive distribution, which keeps its points for the next question."""
     rows, outputs = y.shape
@@ -123,7 +123,7 @@ def _numbers(values: torch.Tensor) -> Array:
 
 
 def evaluate_linear(
-    regressor: EnergyRegressor, table: Any, y: Array, *, folds: int = 5, seed: int = 0
+    regressor: DensityRegressor, table: Any, y: Array, *, folds: int = 5, seed: int = 0
 ) -> tuple[RowScores, list[tuple[NDArray[np.int64], LinearForecast]]]:
     """Scores of :class:`LinearForecast`, each row predicted by one that was fitted to the other folds of the table.
 
@@ -165,7 +165,12 @@ def evaluate_linear(
 
 
 def permutation_importance(
-    regressor: EnergyRegressor, table: Any, y: Array, *, seed: int = 0, progress: Callable[[int], None] = lambda n: None
+    regressor: DensityRegressor,
+    table: Any,
+    y: Array,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, tuple[float, float]]:
     """How much log-density the model loses where one column is shuffled, which cuts its tie to y.
 

@@ -19,7 +19,7 @@ from energyreg.evaluation.scores import Array
 from energyreg.models.chain import EnergyChain
 
 if TYPE_CHECKING:
-    from energyreg.estimators.table import EnergyRegressor
+    from energyreg.estimators.core import DensityRegressor
 
 __all__ = ["LinearForecast", "MarginalForecast"]
 
@@ -38,7 +38,7 @@ class MarginalForecast:
         regressor: The estimator, fitted.
     """
 
-    def __init__(self, regressor: EnergyRegressor) -> None:
+    def __init__(self, regressor: DensityRegressor) -> None:
         self.regressor, self.space = regressor, regressor.model_.space
         self.reference = reference_of(regressor.model_)
         self.outputs = regressor.n_outputs_
@@ -96,7 +96,7 @@ class LinearForecast:
         y: Their targets, shape (B, D).
     """
 
-    def __init__(self, regressor: EnergyRegressor, table: Any, y: Array) -> None:
+    def __init__(self, regressor: DensityRegressor, table: Any, y: Array) -> None:
         self.regressor, self.space, self.periods = regressor, regressor.model_.space, regressor.target_.periods
         self.circles = np.array([period > 0 for period in self.periods])
         x, z = self._design(table), self._to_model(y)

@@ -15,7 +15,7 @@ from energyreg.evaluation.forecasts import MARGINAL_POINTS, LinearForecast, Marg
 from energyreg.evaluation.scores import Array
 
 if TYPE_CHECKING:
-    from energyreg.estimators.table import EnergyRegressor
+    from energyreg.estimators.core import DensityRegressor
 
 __all__ = ["JointScores", "evaluate_jointly"]
 
@@ -38,7 +38,7 @@ class JointScores:
 
 
 def evaluate_jointly(
-    regressor: EnergyRegressor,
+    regressor: DensityRegressor,
     table: Any,
     y: Array,
     linear: Sequence[tuple[NDArray[np.int64], LinearForecast]] = (),

@@ -15,7 +15,7 @@ from energyreg.reports.numbers import minus, number
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from energyreg.estimators.table import EnergyRegressor
+    from energyreg.estimators.core import DensityRegressor
 
 LEVEL = 0.9
 """Probability of the intervals and regions that are shown."""
@@ -33,7 +33,7 @@ Array = NDArray[np.float64]
 class ReportRows:
     """The rows of a report, as all its parts need them."""
 
-    regressor: EnergyRegressor
+    regressor: DensityRegressor
     table: DataFrame
     y: Array
     numbers: Sequence[str]

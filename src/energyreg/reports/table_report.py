@@ -30,7 +30,7 @@ from energyreg.reports.rows import (
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from energyreg.estimators.table import EnergyRegressor
+    from energyreg.estimators.core import DensityRegressor
 
 __all__ = ["describe", "number_of_steps"]
 
@@ -42,7 +42,7 @@ GRID = 4_001
 
 
 def describe(
-    regressor: EnergyRegressor,
+    regressor: DensityRegressor,
     table: DataFrame,
     y: Array,
     targets: Sequence[str],
