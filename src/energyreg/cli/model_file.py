@@ -71,13 +71,6 @@ class Fitted:
             raise InputError(f"--target names {len(names)} columns, but {self.path} predicts {outputs}.")
         return names
 
-    def labels(self) -> list[str]:
-        """What the outputs are called in files; empty for a single one, which needs no name."""
-        outputs = self.regressor.n_outputs_
-        if outputs == 1:
-            return [""]
-        return [f"{name}_" for name in self.facts.get("targets", [f"y{i + 1}" for i in range(outputs)])]
-
     def inputs(self, frame: DataFrame, path: Path, beside: Sequence[str] = ()) -> Any:
         """The columns of a table that the model takes, in its order; without names, all but those beside."""
         if self.columns is None:

@@ -56,27 +56,15 @@ def predict(
     writer = tablefiles.TableWriter(output)
     fitted = load(model, threads, data)
     names = fitted.targets(target) if density_at_target else list(target or fitted.facts.get("targets", []))
+    from energyreg.scoring.columns import Asked, predict_columns
 
-    def rows_of(frame: DataFrame, x: Any, offset: int) -> dict[str, Any]:
-        regressor, labels = fitted.regressor, fitted.labels()
-        shape = (len(frame), -1, len(labels))
-        columns: dict[str, Any] = {}
-        point = regressor.predict(x, kind=kind.value).reshape(shape)
-        interval = regressor.predict_interval(x, level).reshape(len(frame), len(labels), 2)
-        several = regressor.predict_quantiles(x, levels).reshape(shape) if levels else None
-        for d, label in enumerate(labels):
-            columns[f"{label}{kind.value}"] = point[:, 0, d]
-            columns[f"{label}lower_{_percent(level)}"] = interval[:, d, 0]
-            columns[f"{label}upper_{_percent(level)}"] = interval[:, d, 1]
-            for index, one in enumerate(levels):
-                assert several is not None
-                columns[f"{label}quantile_{one:g}"] = several[:, index, d]
-        if density_at_target:
-            y = target_columns(frame, names, data, offset)
-            columns["log_density"] = regressor.score_samples(x, y)
-        return columns
+    asked = Asked((kind.value,), (level,), levels, density_at_target, outputs=fitted.facts.get("targets", ()))
 
-    rows = _stream(fitted, data, writer, rows_of, names, identifier or [], "Predicting", quiet, fitted.chunk_rows)
+    def columns_of(frame: DataFrame, x: Any, offset: int) -> dict[str, Any]:
+        y = target_columns(frame, names, data, offset) if density_at_target else None
+        return predict_columns(fitted.regressor, x, asked, y)
+
+    rows = _stream(fitted, data, writer, columns_of, names, identifier or [], "Predicting", quiet, fitted.chunk_rows)
     if not quiet:
         typer.echo(f"Wrote {output}: {rows:,} rows.")
 
@@ -92,27 +80,22 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     """Draw from the predicted density of each row: a table with one line for each draw."""
+    from energyreg.tables.files import TableWriter
+
+    writer = TableWriter(output)
+    fitted = load(model, threads, data)
     import numpy as np
 
-    from energyreg.tables import files as tablefiles
+    from energyreg.scoring.columns import sample_columns
 
-    writer = tablefiles.TableWriter(output)
-    fitted = load(model, threads, data)
     names = list(fitted.facts.get("targets", []))
     state = np.random.RandomState(seed)  # what scikit-learn takes; it goes on from chunk to chunk
 
-    def rows_of(frame: DataFrame, x: Any, offset: int) -> dict[str, Any]:
-        draws = fitted.regressor.sample(x, number, random_state=state)
-        draws = draws.reshape(len(frame) * number, -1)
-        columns: dict[str, Any] = {
-            "row": np.repeat(np.arange(offset + 1, offset + len(frame) + 1), number),
-            "draw": np.tile(np.arange(1, number + 1), len(frame)),
-        }
-        outputs = names or [f"y{i + 1}" if draws.shape[1] > 1 else "y" for i in range(draws.shape[1])]
-        return columns | {name: draws[:, d] for d, name in enumerate(outputs)}
+    def columns_of(frame: DataFrame, x: Any, offset: int) -> dict[str, Any]:
+        return sample_columns(fitted.regressor, x, number, names, first_row=offset + 1, random_state=state)
 
     at_once = max(min(SAMPLES_AT_ONCE // number, fitted.chunk_rows), 1)
-    rows = _stream(fitted, data, writer, rows_of, names, identifier or [], "Sampling", quiet, at_once, number)
+    rows = _stream(fitted, data, writer, columns_of, names, identifier or [], "Sampling", quiet, at_once, number)
     if not quiet:
         typer.echo(f"Wrote {output}: {number:,} draws for each of {rows:,} rows.")
 
@@ -121,7 +104,7 @@ def _stream(
     fitted: Fitted,
     data: Path,
     writer: Any,
-    rows_of: Callable[[DataFrame, Any, int], dict[str, Any]],
+    columns_of: Callable[[DataFrame, Any, int], dict[str, Any]],
     targets: Sequence[str],
     identifiers: Sequence[str],
     what: str,
@@ -145,7 +128,7 @@ def _stream(
             present(frame, identifiers, data, "--id names")
             x = fitted.inputs(frame, data, [*targets, *identifiers])
             with fitted.about(data, x, targets, range(done + 1, done + len(frame) + 1)):
-                columns = rows_of(frame, x, done)
+                columns = columns_of(frame, x, done)
             twice = [name for name in identifiers if name in columns]
             if twice:
                 raise InputError(f"--id {twice[0]}: the output has a column of this name already; rename it.")
@@ -167,7 +150,3 @@ def _levels(text: str) -> list[float]:
             raise InputError(f"--quantiles has {part!r}; expected probabilities between 0 and 1, as .05,.5,.95.")
         levels.append(level)
     return levels
-
-
-def _percent(level: float) -> str:
-    return f"{100 * level:.10g}"
