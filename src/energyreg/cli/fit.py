@@ -200,15 +200,13 @@ def _training_table(
 
 
 def _target_kind(text: str) -> Any:
-    # Apart from the estimator's own parser, which imports torch: wrong usage is answered at once.
+    from energyreg.estimators.kinds import kind_and_ends
+
     kind, colon, ends = text.partition(":")
-    if kind in ("real", "positive", "count") and not colon:
-        return kind
-    if kind in ("interval", "circle") and colon:
-        with contextlib.suppress(ValueError):
-            low, high = (float(end) for end in ends.split(","))
-            if math.isfinite(low) and math.isfinite(high) and low < high:
-                return kind, low, high
+    with contextlib.suppress(ValueError):
+        given = (kind, *(float(end) for end in ends.split(","))) if colon else kind
+        kind_and_ends(given)
+        return given
     raise InputError(
         f"--target-kind is {text!r}; expected real, positive, count, interval:LOW,HIGH or circle:LOW,HIGH, LOW < HIGH."
     )

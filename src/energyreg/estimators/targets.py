@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from energyreg.densities import spaces
 from energyreg.densities.spaces import TargetSpace
 from energyreg.errors import DataError
+from energyreg.estimators.kinds import kind_and_ends
 
 __all__ = ["Bounded", "Circular", "Count", "InSpace", "Positive", "Real", "Target"]
 
@@ -161,8 +161,9 @@ class InSpace(Real):
         return None
 
 
-PLAIN: dict[str, type[Real]] = {"real": Real, "positive": Positive, "count": Count}
-RANGES: dict[str, type[Bounded]] = {"interval": Bounded, "circle": Circular}
+KINDS: dict[str, type[Real]] = {
+    "real": Real, "positive": Positive, "count": Count, "interval": Bounded, "circle": Circular,
+}  # fmt: skip
 
 
 def parse_kind(given: Any) -> Real:
@@ -171,20 +172,10 @@ def parse_kind(given: Any) -> Real:
     Raises:
         ValueError: If it is no such.
     """
-    if isinstance(given, str) and given in PLAIN:
-        return PLAIN[given]()
-    if isinstance(given, (tuple, list)) and len(given) == 3 and isinstance(given[0], str) and given[0] in RANGES:
-        name, low, high = given
-        fine = all(isinstance(end, numbers.Real) and math.isfinite(end) for end in (low, high))
-        if not fine or not low < high:
-            raise ValueError(f"target is {given!r}; expected finite numbers with low < high.")
-        return RANGES[name](float(low), float(high))
     if isinstance(given, TargetSpace):
         raise ValueError("target is a list with a target space in it; pass energyreg.spaces.Product(...) of all.")
-    raise ValueError(
-        f'target is {given!r}; expected "real", "positive", ("interval", low, high), ("circle", low, high), "count", '
-        "or a space of energyreg.spaces."
-    )
+    name, *ends = kind_and_ends(given)
+    return KINDS[name](*ends)
 
 
 @dataclass(frozen=True)
