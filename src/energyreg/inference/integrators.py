@@ -210,7 +210,8 @@ class AdaptiveQuadrature:
         flanks = (pooled * cells.widths).sqrt()
         guess = 0.45 * pooled / pooled.sum(0) + 0.35 * flanks / flanks.sum(0) + 0.1 / len(masses)
         guess = guess + 0.1 * (self._proposal_masses(f, cells) if self._has_cdf(f) else pooled / pooled.sum(0))
-        source = Cells(cells.edges, cells.centres, guess.log())
+        # Where nodes stand carries no gradient, also not the proposal's.
+        source = Cells(cells.edges, cells.centres, guess.log().detach())
         levels = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=masses.device)
         u = source.unit_quantiles(levels[:, None].expand(-1, masses.shape[1]))
         edges, centres = u[::2].clone(), u[1::2]

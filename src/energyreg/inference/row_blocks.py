@@ -119,8 +119,17 @@ class RowBlock:
         z = self.space.to_model(low)[..., 0].to(self.dtype)
         return self.nodes.cdf(z.expand(1, self.f.batch_size))
 
+    def _user_points(self) -> Any:
+        """The points in user units, whose order there begins at the user's cut of a circle.
+
+        A cdf of points is 1 from the last point on, so that no cut can be subtracted from it as from that of cells.
+        """
+        return replace(self.nodes, y=self.space.to_user(self.nodes.y))
+
     def cdf(self, y: Tensor) -> Tensor:
         """Cumulative probabilities of user values, (S, B) to (S, B)."""
+        if not self.is_line:
+            return self._user_points().cdf(y)
         level = self.nodes.cdf(self.space.to_model(y[..., None]).to(self.dtype)[..., 0])
         if self.space.periodic[0]:
             return (level - self._cut()).remainder(1)
@@ -130,6 +139,8 @@ class RowBlock:
 
     def icdf(self, level: Tensor) -> Tensor:
         """User values at probabilities, (S, B) to (S, B)."""
+        if not self.is_line:
+            return self._user_points().quantiles(level)[..., 0]
         if self.space.periodic[0]:
             level = (level.double() + self._cut()).remainder(1)
         return self.space.to_user(self.nodes.quantiles(level))[..., 0]
