@@ -178,6 +178,25 @@ def ensembles(folder: Path) -> Iterator[tuple[str, Any]]:
         yield f"{name}.history", np.asarray([history.train_loss for history in ensemble.histories])
 
 
+@case
+def integrators(folder: Path) -> Iterator[tuple[str, Any]]:
+    """One dimension by points, on the line, between bounds and on a circle; two by a grid."""
+    x, y = (torch.as_tensor(np.nan_to_num(part)) for part in table())
+    i, s = er.integrators, er.spaces
+    for name, space, integrator in (
+        ("line", s.Real(), i.ImportanceSampling(256)),
+        ("bounds", s.Interval(-10.0, 10.0), i.StratifiedQuadrature(64)),
+        ("circle", s.Circle(6.0, low=-3.0), i.ImportanceSampling(256)),
+        ("plane", s.Product(s.Real(), s.Circle(6.0)), i.StratifiedQuadrature(400)),
+    ):
+        torch.manual_seed(0)
+        model = er.EnergyRegressionModel.mixture_for_table(3, space=space, width=16)
+        targets = y[:, None].expand(-1, space.dim)
+        er.fit(model, x, targets, epochs=2, batch_size=32, seed=1)
+        p = model(x[:TEST], integrator=integrator)
+        yield from ((f"{name}.{key}", value) for key, value in distribution(p, targets[:TEST].contiguous()))
+
+
 def _objectives() -> dict[str, Any]:
     noise = er.noise.GaussianNoise([[0.1], [0.3]])
     o = er.objectives
