@@ -13,7 +13,8 @@ from tests.test_rooms import ROOMS
 
 TARGET = Path(__file__).parents[1] / "docs" / "images" / "rooms.svg"
 CONTENT: dict[str, tuple[float, str]] = {
-    "ground": (2, "checks, files, random, plots"),
+    "ground": (2, "checks, errors, files, progress"),
+    "plots": (3, "figures"),
     "datasets": (4, "readers of public data"),
     "densities": (2, "spaces, bases, mixtures, noise"),
     "inference": (2, "energies, nodes, chains, modes"),

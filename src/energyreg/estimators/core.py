@@ -442,7 +442,7 @@ def fit_rows(
         estimator: The estimator.
         settings: Its parameters.
         source: The table.
-        rows: What its rows are for, from :func:`energyreg.estimators.learning.prepare`.
+        rows: What its rows are for, from `energyreg.estimators.learning.prepare`.
         x_evaluation: Table of the rows that the user holds out; None for none.
         started: When the time budget began, by :func:`time.perf_counter`.
         replace_encoder: Makes a member's encoder of the one for tables.

@@ -72,7 +72,7 @@ def describe(
         progress: Called with 1 after each of `number_of_steps(table)` steps; for images, of `IMAGE_STEPS`.
 
     Returns:
-        The page, for :func:`energyreg.report.write`.
+        The page, for :func:`energyreg.reports.page.write`.
 
     Raises:
         ValueError: If the table does not fit the estimator, or there is not an image for each row.

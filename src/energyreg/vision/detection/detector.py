@@ -8,7 +8,7 @@
     detections = model(images)  # the detector's dictionaries, with refined boxes
 
 The detector stays as it is. A small network f(image, box) learns from annotated boxes which ones are right, by any
-objective of :mod:`energyreg.objectives`. A detected box is refined by gradient ascent on f.
+objective of `energyreg.objectives`. A detected box is refined by gradient ascent on f.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class WithDetectorLoss:
     """An objective for f together with the detector's own loss, for a detector that is trained along.
 
     Args:
-        objective: Any objective of :mod:`energyreg.objectives`.
+        objective: Any objective of `energyreg.objectives`.
         weight: Weight of the detector's loss, which is the sum of its parts.
 
     Raises:
