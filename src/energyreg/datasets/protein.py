@@ -55,7 +55,7 @@ def load_protein(path: str | os.PathLike[str] | None = None) -> Protein:
     """Load UCI's "Physicochemical Properties of Protein Tertiary Structure", and one fixed split of it.
 
     Each row is a predicted structure (a decoy) of a protein from CASP 5 to 9. Many inputs are compatible with both a
-    good and a bad prediction, so p(y|x) often has two humps. The columns of x are
+    good and a bad prediction, so p(y|x) often has two modes. The columns of x are
 
     - F1, total surface area,
     - F2, non-polar exposed area,

@@ -136,7 +136,7 @@ def atoms(values: NDArray[np.floating[Any]], share: float = 0.01) -> dict[float,
 
     Args:
         values: One target, shape (N,) or (N, 1).
-        share: Least share of the rows that makes an atom, in (0, 1].
+        share: Least fraction of the rows that makes a point mass, in (0, 1].
 
     Returns:
         Value → share of the rows, ascending by value.
@@ -154,6 +154,6 @@ def atoms(values: NDArray[np.floating[Any]], share: float = 0.01) -> dict[float,
         raise ValueError(f"values has shape {column.shape}; expected one target, (N,) or (N, 1), with N > 0.")
     distinct, count = np.unique(column, return_counts=True)
     shares = count / column.size
-    # A value seen once is no atom, however few rows there are.
+    # A value seen once is no point mass, however few rows there are.
     often = (shares >= share) & (count > 1)
     return dict(zip(distinct[often].tolist(), shares[often].tolist(), strict=True))

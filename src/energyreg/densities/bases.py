@@ -169,7 +169,7 @@ class Marginal(nn.Module):
         low, high = torch.tensor(self.slabs, dtype=torch.double).unbind(1)
         inside = (z >= low) & (z <= high)
         shares = inside.double().mean(0)
-        # The smooth part must reach everywhere, also where all targets are atoms.
+        # The smooth part must reach everywhere, also where all targets are point masses.
         most = 1 - self.broad_share
         self.slab_shares.copy_(shares * (most / shares.sum().clamp_min(most)))
         others = z[~inside.any(1)]
@@ -194,7 +194,7 @@ class Marginal(nn.Module):
         upper = (lower + 1).clamp_max(len(z) - 1)
         centres = torch.lerp(ordered[lower], ordered[upper], position - lower)
         spread = z.std().clamp_min(1e-6)
-        # The floor is wider for few targets, whose quantiles lie close together by chance.
+        # The floor is wider for few targets, whose quantiles lie close together at random.
         floor = spread * max(0.05, 0.5 * len(z) ** -0.2)
         gaps = torch.gradient(centres)[0] if self.num_components > 1 else spread[None]
         return centres, 1.5 * torch.maximum(gaps, floor.expand_as(gaps))

@@ -70,25 +70,12 @@ class ImageRegressor(DensityRegressor):
         duplicates: Whether two rows of `fit` may name one file: "raise" or "allow".
         image_batch_size: Images that go through the network at once.
         workers: Processes that read images; 0 for none.
-        target: As in :class:`~energyreg.estimators.table.EnergyRegressor`, like all that follow.
-        n_members: As there.
-        epochs: As there: of the training on features.
-        batch_size: As there.
-        learning_rate: As there.
-        width: As there.
-        depth: As there.
-        dropout: As there.
-        base: As there.
-        outputs: As there.
-        num_components: As there.
-        validation_fraction: As there.
-        time_budget: As there: of the training on features, beyond what it takes to make them.
-        calibrate: As there.
-        conformal: As there.
-        random_state: As there.
-        n_jobs: As there.
-        device: As there; the network runs there, too.
-        verbose: As there.
+        epochs: Passes over the training rows of the training on features.
+        time_budget: Seconds of the training on features, beyond what it takes to make them.
+        device: Where the network and the models run.
+        **others: `target`, `n_members`, `batch_size`, `learning_rate`, `width`, `depth`, `dropout`, `base`, `outputs`,
+            `num_components`, `validation_fraction`, `calibrate`, `conformal`, `random_state`, `n_jobs` and `verbose`
+            are those of :class:`~energyreg.estimators.table.EnergyRegressor`.
 
     Attributes:
         encoder_: The network, frozen, with the weights of the fine-tuning.

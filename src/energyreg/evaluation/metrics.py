@@ -187,7 +187,7 @@ def calibration_error(p: PredictiveDistribution, y: Any) -> float:
     .. math:: \int_0^1 \left| \tfrac1B \#\{i : F(y_i|x_i) \le \tau\} - \tau \right| d\tau
 
     A value of 0.02 says: the quantile at level τ was undershot by τ ± 0.02 of the targets, on average over τ. A
-    calibrated model gets about 0.31 / √B by chance (the mean absolute value of a Brownian bridge).
+    calibrated model gets about 0.31 / √B from sampling alone (the mean absolute value of a Brownian bridge).
 
     Args:
         p: Predictive distribution of B inputs, D = 1.

@@ -2,7 +2,7 @@ r"""Augmentation that changes the target with the image.
 
 Each step is a callable ``step(image, target, generator=None) -> (image, target)``: an image of shape (C, H, W), uint8
 or float, and its target of shape (D,) in user units. A flip negates yaw, roll and steering; a rotation turns the head
-pose; a crop counts its dots anew; colour leaves the target alone. Nothing is written into the input.
+pose; a crop counts its dots again; colour leaves the target alone. Nothing is written into the input.
 
 A step draws from the generator that it is given, or from torch's global one. Workers of a DataLoader have different
 global seeds in each epoch, so that there ``None`` is right: a generator that is copied into the workers would draw the
@@ -117,7 +117,7 @@ class HorizontalFlip:
         target = target.clone()
         for column in self.negate:
             _check_column(target, column, "negate")
-            # Plus 0: a steering of 0 stays 0 and does not become -0, which is another atom to whoever compares bits.
+            # Plus 0: a steering of 0 stays 0 and does not become -0, which is another value to whoever compares bits.
             target[column] = 0.0 - target[column]
         return target
 

@@ -50,7 +50,7 @@ def extract_features(
     With a cache an image is read once, whatever its place among the files: its features are found again by the
     network's weights and settings, the file's path, size and time of change, and the size of the image. They are
     written every 512 images, so that a later call goes on where one was killed. A damaged file of the cache is computed
-    anew.
+    again.
 
     Args:
         encoder: Maps images, uint8 (B, 3, H, W), to features (B, C), such as an
@@ -177,7 +177,7 @@ class _Cache:
                 if keys.shape != (len(vectors), 16) or vectors.shape[1:] != (self.count,):
                     raise CheckpointError(f"{path} has tensors of other shapes")
             except (CheckpointError, KeyError, OSError) as error:
-                LOGGER.warning("A file of the cache is damaged, and its features are computed anew: %s", error)
+                LOGGER.warning("A file of the cache is damaged, and its features are computed again: %s", error)
                 with contextlib.suppress(OSError):
                     path.unlink()
                 continue

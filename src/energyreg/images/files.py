@@ -121,7 +121,7 @@ class ImageFiles(Dataset[Any]):
         size: Height and width of the images, in pixels.
         resize: "squash" or "crop"; see :func:`read_rgb`.
         transform: Called as ``transform(image, target)`` with the image, uint8 of shape (3, size, size), and its
-            target, float64 of shape (D,) (of shape (0,) without targets); returns both anew. See
+            target, float64 of shape (D,) (of shape (0,) without targets); returns both as new values. See
             :mod:`energyreg.images.augment`.
         on_error: What :func:`image_loader` and :func:`extract_features` do with a file that cannot be read: "raise",
             or "skip" it, count it in `failed`, and warn at the end.
@@ -345,7 +345,7 @@ def image_loader(
     Args:
         files: The files.
         batch_size: Images of a batch.
-        shuffle: Whether their order is drawn anew in each pass.
+        shuffle: Whether they are shuffled again in each pass.
         workers: Processes that read images besides this one; 0 for none.
         drop_last: Whether images that do not fill the last batch are left out.
 

@@ -1,8 +1,4 @@
-"""Refinement: gradient ascent on a function of y with backtracking, as papers I to III predict; many tops to modes.
-
-:func:`refine` climbs. The functions below it decide which of many tops are modes of their own: along a line of nodes
-(:func:`separate_peaks`), or among points in any number of dimensions (:func:`nearby` and :func:`merge`). Users meet
-them as :meth:`energyreg.models.predictive.PredictiveDistribution.modes`.
+"""Refinement: gradient ascent on a function of y with backtracking, as papers I to III predict.
 """
 
 from __future__ import annotations

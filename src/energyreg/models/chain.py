@@ -147,12 +147,13 @@ class EnergyChain(nn.Module):
             num_features: Columns of x.
             space: Target space, whose dimensions become the factors' spaces.
             order: Which output each factor predicts, a permutation of 0 to D - 1; by default as they are.
-            width: As in :meth:`energyreg.models.model.EnergyRegressionModel.for_table`, as all that follow.
-            depth: As there; the last of the hidden layers joins x and the previous targets.
-            dropout: As there.
-            num_components: As there.
-            num_rows: As there.
-            cardinalities: As there.
+            width: Width of the encoders. It and all that follow are those of
+                :meth:`energyreg.models.model.EnergyRegressionModel.for_table`.
+            depth: Hidden layers; the last of them joins x and the previous targets.
+            dropout: Dropout probability after each of them.
+            num_components: Gaussians of the mixtures, where there are some.
+            num_rows: Training rows, by which defaults are chosen.
+            cardinalities: Codes of each categorical column.
 
         Raises:
             ValueError: If an argument cannot be used.

@@ -194,10 +194,10 @@ class ConformalIntervals(_Conformal):
     interval is the predictive one, longer or shorter by one factor for all.
 
     Args:
-        source: As for :class:`ConformalRegions`.
-        x: As there.
-        y: As there.
-        groups: As there.
+        source: A fitted estimator with `predict_distribution`, or a function of x that returns p(y|x), as a model.
+        x: Inputs of the calibration rows, which the source must not have been trained or tuned on.
+        y: Their targets in user units, shape (N, D), or (N,) for D = 1.
+        groups: A label for each calibration row; see :class:`ConformalRegions`.
 
     Raises:
         ValueError: If an argument cannot be used.

@@ -168,7 +168,7 @@ class EnergyEnsemble(nn.Module):
             sample_weight: Weights of the rows, shape (N,); equal by default.
             prior: How many rows the equal weights count as, a.
             integrator: As in :meth:`forward`.
-            memory_budget: As there.
+            memory_budget: Working memory in bytes.
 
         Returns:
             The weights.

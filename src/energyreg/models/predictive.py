@@ -430,7 +430,7 @@ class PredictiveDistribution(Distribution):
     ) -> Tensor:
         r"""Improve initial estimates by gradient ascent on the density, as papers I to III predict.
 
-        The function that is climbed is the log-density in user units, so that a mode means what the user sees and
+        The ascent is on the log-density in user units, so that a mode means what the user sees and
         `log_prob` never falls; the steps are taken in model space, where no step leaves the target space:
 
         .. math:: z \leftarrow z + \lambda \nabla_z \left( f(x, z) + \log \left| \det \frac{dz}{dy} \right| \right)

@@ -18,7 +18,7 @@ FEW_ROWS = 10_000
 
 
 VERY_FEW_ROWS = 500
-"""Training rows below which a table's encoder starts with slow waves."""
+"""Training rows below which a table's encoder starts with low-frequency periodic features."""
 
 
 def as_array(value: Any, name: str) -> Tensor:

@@ -201,14 +201,14 @@ class TableEncoder(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
         scores = self.normalizer(x)
-        return self.layers(torch.cat(_with_waves(scores, self.frequencies), 1))
+        return self.layers(torch.cat(_with_periodic_features(scores, self.frequencies), 1))
 
 
 class MixedTableEncoder(nn.Module):
     """Encoder for tables of numbers and categories: as `TableEncoder`, with a learned vector for each category.
 
     The last columns of x hold the categories as whole numbers from 0 on. Code 0 stands for all categories that are too
-    rare to have learned a vector of their own, or were not seen at all: in training a few codes become 0 by chance, so
+    rare to have learned a vector of their own, or were not seen at all: in training a few codes become 0 at random, so
     that its vector learns what is true of all of them.
 
     Args:
@@ -293,7 +293,7 @@ class MixedTableEncoder(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
         parts = []
         if self.num_numeric:
-            parts += _with_waves(self.normalizer(x[:, : self.num_numeric]), self.frequencies)
+            parts += _with_periodic_features(self.normalizer(x[:, : self.num_numeric]), self.frequencies)
         codes = x[:, self.num_numeric :]
         if self.training and self.other_rate:
             codes = torch.where(torch.rand_like(codes) < self.other_rate, 0.0, codes)
@@ -303,7 +303,7 @@ class MixedTableEncoder(nn.Module):
         return self.layers(torch.cat(parts, 1))
 
 
-def _with_waves(scores: Tensor, frequencies: Tensor) -> list[Tensor]:
+def _with_periodic_features(scores: Tensor, frequencies: Tensor) -> list[Tensor]:
     """Scores (B, F) and their periodic features, (B, F K) each, for frequencies (F, K)."""
     phase = scores[..., None] * frequencies
     return [scores, phase.sin().flatten(1), phase.cos().flatten(1)]

@@ -79,7 +79,7 @@ def summary(rows: ReportRows) -> list[str]:
         verdict = "as they should" if low <= share <= high else "too few" if share < low else "more than needed"
         of = "" if rows.one else f" of {rows.targets[d]}"
         parts.append(f"{share:.1%} of the observed values{of}, {verdict}")
-    return [*first, *further, f"Its 90% intervals hold {'; '.join(parts)} (by chance {low:.1%} to {high:.1%})."]
+    return [*first, *further, f"Its 90% intervals hold {'; '.join(parts)} (sampling alone: {low:.1%} to {high:.1%})."]
 
 
 def scores(rows: ReportRows) -> Section:

@@ -464,7 +464,7 @@ def _incomplete(path: Path, kind: str, error: Exception) -> TableFileError:
 
 def _first_line(error: Exception) -> str:
     text = (str(error).splitlines() or ["unreadable"])[0].rstrip(".")
-    return f"{text}. Copy it again, or save it anew."
+    return f"{text}. Copy it again, or save it again."
 
 
 # ---------------------------------------------------------------------------------------------- writing

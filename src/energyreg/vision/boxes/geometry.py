@@ -83,7 +83,7 @@ def variance_voting(boxes: Tensor, stddevs: Tensor, labels: Tensor, width: float
     share.fill_diagonal_(1.0)  # also where a box without area does not even overlap itself
     precision = torch.where(stddevs.isfinite(), stddevs.clamp_min(SMALLEST_STDDEV) ** -2, 0.0)
     weights = share[..., None] * precision
-    # Written as a shift, so that a box by itself stays what it is, to the last bit.
+    # Written as a shift, so that a box by itself stays what it is, bit for bit.
     voted = boxes + (weights * (boxes[None] - boxes[:, None])).sum(1) / weights.sum(1)
     # Each border has weights of its own, so that in principle they may cross; NaN compares as False.
     return torch.where((voted[:, 2:] > voted[:, :2]).all(1, keepdim=True), voted, boxes)

@@ -35,7 +35,7 @@ class Inference:
         num_samples: Importance samples M per box for its density; 0 for none, and the following need some.
         box_samples: Boxes to draw from the density, S.
         iou_thresholds: Values of IoU with the true box, whose probability of being exceeded is wanted.
-        rescore: Whether scores are multiplied by the expected IoU with the true box, and detections sorted anew.
+        rescore: Whether scores are multiplied by the expected IoU with the true box, and detections sorted again.
         noise: The importance sampler, around the refined box.
         voting: Whether borders move to the mean of what overlapping boxes of their class say, weighted by the boxes'
             variances: σ_t of :func:`~energyreg.vision.boxes.variance_voting`, 0.02 in He et al. (CVPR 2019); 0 for no

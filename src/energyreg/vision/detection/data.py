@@ -134,7 +134,7 @@ class BoxDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         return BoxDataset(records, self.classes, self.transforms)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[BoxDataset, BoxDataset]:
-        """Two datasets, the second with a fraction of the images, chosen by chance.
+        """Two datasets, the second with a fraction of the images, chosen at random.
 
         Raises:
             ValueError: fraction is not in (0, 1), or leaves one of them without an image.
