@@ -37,9 +37,8 @@ def load_sullychen(path: PathLike, *, units: AngleUnit = "radians") -> ImageTask
 
     - It is a video, a few frames long in every scene: never split it at random. Split `time` by
       :func:`energyreg.datasets.split_by_blocks`, with blocks of a minute or more.
-    - Straight roads make a point mass at 0; see :func:`energyreg.datasets.atoms`. Turns at crossings are rare and far
-    out in
-      the tails.
+    - Straight roads make a point mass at 0; see :func:`energyreg.datasets.atoms`. Turns at crossings are rare and
+      far out in the tails.
     - The angle is the wheel's, not that of the tyres.
 
     Args:

@@ -1,5 +1,4 @@
-"""Refinement: gradient ascent on a function of y with backtracking, as papers I to III predict.
-"""
+"""Refinement: gradient ascent on a function of y with backtracking, as papers I to III predict."""
 
 from __future__ import annotations
 
