@@ -41,8 +41,7 @@ def load_donkeycar(path: PathLike, *, targets: Sequence[str] = ("angle",)) -> Im
     - Frames are a video, about 20 a second: never split them at random. Split by `time` and `groups` with
       :func:`energyreg.datasets.split_by_blocks`, and leave a gap.
     - A steering of exactly 0, 1 or -1 is common (no input, and full lock): these are point masses, where a density has
-    no
-      finite value. :func:`energyreg.datasets.atoms` finds them; dequantise, or give each its probability.
+      no finite value. :func:`energyreg.datasets.atoms` finds them; dequantise, or give each its probability.
     - A driver's reaction comes after the picture that caused it, and a user's recording holds his mistakes.
 
     Args:
