@@ -1,8 +1,15 @@
 r"""Scores of a predictive distribution against the targets that came true.
 
-Every function takes `p`, what a model returned for B inputs, and `y`, the B observed targets, and works in user units.
-The distribution needs `event_shape` and the methods that the score reads (`log_prob`, `cdf`, `quantile`, `interval`,
-`sample`).
+Every function takes the same arguments and works in user units:
+
+- `p`: what a model returned for B inputs; it needs `event_shape` and the methods that the score reads (`log_prob`,
+  `cdf`, `quantile`, `interval`, `sample`);
+- `y`: the B observed targets, shape (B, D), or (B,) for D = 1;
+- `level`: nominal probability of an interval or region, in (0, 1).
+
+Scores are means over the B rows. All raise a ValueError where `y` has another shape than `p` predicts, no rows, or
+values that are not finite, where `level` is outside of (0, 1), and where a score of one output meets several; those of
+scoringrules raise an ImportError where it is not installed.
 
 Lower is better for `negative_log_likelihood`, `crps`, `energy_score` and `calibration_error`. Both proper scores, the
 likelihood and the CRPS, are smallest in expectation for the true density alone; coverage and PIT only ask whether the
@@ -43,16 +50,9 @@ _BUDGET = 2**22
 def negative_log_likelihood(p: PredictiveDistribution, y: Any) -> float:
     """Mean of −log p(y|x), in nats and user units.
 
-    Args:
-        p: Predictive distribution of B inputs.
-        y: Observed targets, shape (B, D), or (B,) for D = 1.
-
     Returns:
         The mean over the B rows; infinite where a target lies outside the target space. Changing the unit of y shifts
         it by a constant, so compare only models of the same targets in the same unit.
-
-    Raises:
-        ValueError: `y` has another shape than `p` predicts, no rows, or values that are not finite.
     """
     targets = _targets(p, y)
     return float(-p.log_prob(targets).double().mean())
@@ -68,17 +68,13 @@ def crps(p: PredictiveDistribution, y: Any, *, num_quantiles: int = 256) -> floa
     off by 1/M here.) With 256 levels the mean is within 1e-3 of the closed form for Gaussians and their mixtures.
 
     Args:
-        p: Predictive distribution of B inputs, D = 1.
-        y: Observed targets, shape (B, 1) or (B,).
+        p: Distribution of B inputs, D = 1.
+        y: Their targets.
         num_quantiles: Levels of the midpoint rule.
 
     Returns:
         The mean over the B rows. For a forecast that is one point it is the absolute error. On a circle it measures
         along the cut-open circle, so it depends on where the circle is cut.
-
-    Raises:
-        ImportError: scoringrules is not installed.
-        ValueError: `p` has D > 1, or `y` does not fit `p`.
 
     Source:
         Laio and Tamea, HESS 2007 (the quantile form); Gneiting and Raftery, JASA 2007.
@@ -110,8 +106,8 @@ def energy_score(p: PredictiveDistribution, y: Any, *, num_samples: int = 256, s
     them to comparable units first.
 
     Args:
-        p: Predictive distribution of B inputs.
-        y: Observed targets, shape (B, D), or (B,) for D = 1.
+        p: Distribution of B inputs.
+        y: Their targets.
         num_samples: Samples per row, at least 2.
         seed: Seed of the samples.
 
@@ -119,8 +115,7 @@ def energy_score(p: PredictiveDistribution, y: Any, *, num_samples: int = 256, s
         The mean over the B rows; for D = 1 an estimate of the CRPS.
 
     Raises:
-        ImportError: scoringrules is not installed.
-        ValueError: `num_samples` is below 2, or `y` does not fit `p`.
+        ValueError: `num_samples` is below 2.
 
     Source:
         Gneiting and Raftery, JASA 2007, section 4.3.
@@ -144,16 +139,9 @@ def energy_score(p: PredictiveDistribution, y: Any, *, num_samples: int = 256, s
 def pit(p: PredictiveDistribution, y: Any) -> Tensor:
     """Probability integral transform F(y|x): the predicted probability of a target up to the observed one (D = 1).
 
-    Args:
-        p: Predictive distribution of B inputs, D = 1.
-        y: Observed targets, shape (B, 1) or (B,).
-
     Returns:
         Values in [0, 1], shape (B,), float64. For a calibrated model they are uniform: a bump in the middle of their
         histogram means intervals that are too wide, a U intervals that are too narrow, a slope a bias.
-
-    Raises:
-        ValueError: `p` has D > 1, or `y` does not fit `p`.
 
     Source:
         Gneiting, Balabdaoui and Raftery, JRSS-B 2007.
@@ -167,16 +155,6 @@ def kolmogorov_smirnov(p: PredictiveDistribution, y: Any) -> float:
     """Largest distance between the distribution of the PIT values and the uniform one, in [0, 1] (D = 1).
 
     By chance alone a calibrated model exceeds 1.36 / √B in one of twenty sets of B rows.
-
-    Args:
-        p: Predictive distribution of B inputs, D = 1.
-        y: Observed targets, shape (B, 1) or (B,).
-
-    Returns:
-        The Kolmogorov–Smirnov statistic.
-
-    Raises:
-        ValueError: `p` has D > 1, or `y` does not fit `p`.
     """
     return _kolmogorov_smirnov(pit(p, y))
 
@@ -188,16 +166,6 @@ def calibration_error(p: PredictiveDistribution, y: Any) -> float:
 
     A value of 0.02 says: the quantile at level τ was undershot by τ ± 0.02 of the targets, on average over τ. A
     calibrated model gets about 0.31 / √B from sampling alone (the mean absolute value of a Brownian bridge).
-
-    Args:
-        p: Predictive distribution of B inputs, D = 1.
-        y: Observed targets, shape (B, 1) or (B,).
-
-    Returns:
-        The mean absolute gap.
-
-    Raises:
-        ValueError: `p` has D > 1, or `y` does not fit `p`.
     """
     return _calibration_error(pit(p, y))
 
@@ -208,16 +176,8 @@ def coverage(p: PredictiveDistribution, y: Any, level: float = 0.9) -> float:
     It is close to the level where the model is calibrated. The region is the equal-tailed interval for D = 1, and the
     highest-density region for D > 1.
 
-    Args:
-        p: Predictive distribution of B inputs.
-        y: Observed targets, shape (B, D), or (B,) for D = 1.
-        level: Nominal probability, in (0, 1).
-
     Returns:
         A fraction in [0, 1]. Its standard error is √(level (1 − level) / B) for a calibrated model.
-
-    Raises:
-        ValueError: `level` is not in (0, 1), or `y` does not fit `p`.
     """
     targets = _targets(p, y)
     level = _level(level)
@@ -230,16 +190,6 @@ def interval_width(p: PredictiveDistribution, level: float = 0.9) -> float:
     """Mean width of the equal-tailed interval of probability `level`, in the unit of y (D = 1).
 
     Of two models with the nominal coverage, the one with narrower intervals says more.
-
-    Args:
-        p: Predictive distribution of B inputs, D = 1.
-        level: Nominal probability, in (0, 1).
-
-    Returns:
-        The mean over the B rows.
-
-    Raises:
-        ValueError: `level` is not in (0, 1), or `p` has D > 1.
     """
     dim = _event_dim(p)
     if dim != 1:
@@ -253,18 +203,9 @@ def interval_width(p: PredictiveDistribution, level: float = 0.9) -> float:
 def evaluate(p: PredictiveDistribution, y: Any, level: float = 0.9) -> dict[str, float]:
     """All scores that suit the number of target dimensions.
 
-    Args:
-        p: Predictive distribution of B inputs.
-        y: Observed targets, shape (B, D), or (B,) for D = 1.
-        level: Nominal probability of the regions, in (0, 1).
-
     Returns:
         For D = 1 `nll`, `crps`, `coverage`, `interval_width`, `calibration_error` and `ks`; for D > 1 `nll`,
         `energy_score` and `coverage`. Plain floats, ready for JSON.
-
-    Raises:
-        ImportError: scoringrules is not installed.
-        ValueError: `level` is not in (0, 1), or `y` does not fit `p`.
     """
     level = _level(level)
     scores = {"nll": negative_log_likelihood(p, y)}
