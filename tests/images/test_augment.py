@@ -291,14 +291,14 @@ def test_noise_has_its_standard_deviation(kind: str) -> None:
 
 
 def test_a_rectangle_of_the_right_size_is_erased() -> None:
-    generator, shares = seeded(), []
+    generator, fractions = seeded(), []
     for _ in range(300):
         image, target = Erase(1, scale=(0.1, 0.3), ratio=(0.5, 2))(torch.ones(3, 40, 50), torch.ones(1), generator)
         gone = (image[0] == 0).nonzero()
         height, width = (gone.max(0).values - gone.min(0).values + 1).tolist()
         assert len(gone) == height * width and (image.sum(0) % 3 == 0).all() and target.item() == 1
-        shares.append(len(gone) / 2000)
-    assert 0.09 < min(shares) < 0.12 and 0.28 < max(shares) < 0.32
+        fractions.append(len(gone) / 2000)
+    assert 0.09 < min(fractions) < 0.12 and 0.28 < max(fractions) < 0.32
 
 
 # ------------------------------------------------------------------------------------------------- laws of all steps
@@ -332,25 +332,13 @@ def test_the_input_is_never_written_to_and_types_stay(step: augment.Step, dtype:
 
 
 @all_steps
-def test_the_same_seed_gives_the_same_and_another_seed_another(step: augment.Step) -> None:
-    target = torch.tensor([0.3, -0.2, 0.1])
-
-    def run(seed: int) -> list[Tensor]:
-        generator = seeded(seed)
-        return [part for _ in range(8) for part in step(picture(), target, generator)]
-
-    assert all(torch.equal(one, other) for one, other in zip(run(1), run(1), strict=True))
-    assert any(not torch.equal(one, other) for one, other in zip(run(1), run(2), strict=True))
-
-
-@all_steps
-def test_without_a_generator_torchs_global_seed_decides(step: augment.Step) -> None:
-    target = torch.tensor([0.3, -0.2, 0.1])
-
+@pytest.mark.parametrize("own", [True, False])
+def test_the_seed_decides_of_a_generator_or_without_one_torchs_global_seed(step: augment.Step, own: bool) -> None:
     def run(seed: int) -> list[Tensor]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return [part for _ in range(8) for part in step(picture(), target)]
+            torch.manual_seed(0 if own else seed)
+            generator = seeded(seed) if own else None
+            return [part for _ in range(8) for part in step(picture(), torch.tensor([0.3, -0.2, 0.1]), generator)]
 
     assert all(torch.equal(one, other) for one, other in zip(run(1), run(1), strict=True))
     assert any(not torch.equal(one, other) for one, other in zip(run(1), run(2), strict=True))
@@ -382,9 +370,9 @@ def test_steps_travel_to_workers(step: augment.Step) -> None:
 @pytest.mark.parametrize("make", [lambda p: HorizontalFlip(p), lambda p: Grayscale(p), lambda p: Erase(p, (0.2, 0.3))])
 def test_a_step_happens_with_its_probability(make: Callable[[float], augment.Step], p: float) -> None:
     generator, step, image = seeded(), make(p), picture()
-    share = np.mean([not torch.equal(step(image, torch.zeros(1), generator)[0], image) for _ in range(600)])
-    # Four standard errors of a share of 600.
-    assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / 600)
+    happened = np.mean([not torch.equal(step(image, torch.zeros(1), generator)[0], image) for _ in range(600)])
+    # Four standard errors of a fraction of 600.
+    assert abs(happened - p) <= 4 * math.sqrt(p * (1 - p) / 600)
 
 
 class _Frames(torch.utils.data.Dataset[Tensor]):

@@ -226,7 +226,7 @@ def test_targets_that_cannot_be_used_are_named(folder: Path, targets: object, me
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size is 0; expected a whole number of pixels, at least 1"),
+        ({"size": 0}, "size is 0; expected a whole number of at least 1"),
         ({"resize": "pad"}, "resize is 'pad'; expected 'squash' or 'crop'"),
         ({"on_error": "ignore"}, "on_error is 'ignore'; expected 'raise' or 'skip'"),
         ({"duplicates": "drop"}, "duplicates is 'drop'; expected 'raise' or 'allow'"),
@@ -366,7 +366,7 @@ def test_a_cache_is_asked_by_content_and_network(folder: Path, tmp_path_factory:
     assert calls(paths) == 1
 
 
-def test_a_damaged_cache_is_computed_anew(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_damaged_cache_is_computed_again(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = tmp_path_factory.mktemp("cache")
     files, network = ImageFiles(paths_of(folder), size=4), Mean()
     expected = extract_features(network, files, cache=cache)

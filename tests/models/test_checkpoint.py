@@ -281,10 +281,10 @@ def test_file_of_another_kind(content: bytes, tmp_path: Path) -> None:
         er.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.9, 0.999])
-def test_truncated_file(share: float, saved: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.01, 0.3, 0.9, 0.999])
+def test_truncated_file(fraction: float, saved: Path) -> None:
     content = saved.read_bytes()
-    saved.write_bytes(content[: int(share * len(content))])
+    saved.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(er.CheckpointError, match=r"model\.safetensors.*not a complete safetensors file"):
         er.load(saved)
 

@@ -216,9 +216,8 @@ def rotated_pose(pose: Tensor, radians: float) -> Tensor:
         equal with a yaw within.
     """
     yaw, pitch, roll = pose.unbind(-1)
-    zero = torch.zeros_like(yaw)
-    rotation = _about_x(-pitch) @ _about_y(yaw) @ _about_z(roll)
-    r = _about_z(zero - radians) @ rotation
+    rotation = _about((1, 2), -pitch) @ _about((2, 0), yaw) @ _about((0, 1), roll)
+    r = _about((0, 1), torch.zeros_like(yaw) - radians) @ rotation
     return torch.stack(
         [
             torch.atan2(r[..., 0, 2], torch.hypot(r[..., 1, 2], r[..., 2, 2])),
@@ -229,19 +228,7 @@ def rotated_pose(pose: Tensor, radians: float) -> Tensor:
     )
 
 
-def _about_x(angle: Tensor) -> Tensor:
-    return _about(angle, (1, 2))
-
-
-def _about_y(angle: Tensor) -> Tensor:
-    return _about(angle, (2, 0))
-
-
-def _about_z(angle: Tensor) -> Tensor:
-    return _about(angle, (0, 1))
-
-
-def _about(angle: Tensor, plane: tuple[int, int]) -> Tensor:
+def _about(plane: tuple[int, int], angle: Tensor) -> Tensor:
     """Rotation matrices that turn the first axis of the plane towards the second, shape (..., 3, 3)."""
     first, second = plane
     matrix = torch.eye(3, dtype=angle.dtype).expand(*angle.shape, 3, 3).clone()
@@ -291,8 +278,25 @@ class RandomCropCount:
         return crop, inside.sum().reshape(1).to(torch.float32)
 
 
+class _ImageOnly:
+    """A step that leaves the target alone: `_changed` has the image, and the generator.
+
+    torchvision's transforms of these names are no substitute: they draw from torch's global state, and take no
+    generator.
+    """
+
+    colour = False
+
+    def __call__(self, image: Tensor, target: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        _check_image(image, self.colour)
+        return self._changed(image, generator), target
+
+    def _changed(self, image: Tensor, generator: Generator | None) -> Tensor:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class RandomResizedCrop:
+class RandomResizedCrop(_ImageOnly):
     """Cut a random rectangle out of the picture and resize it to a square; the target stays.
 
     For targets that do not depend on where in the picture, and how large, the thing is: an age, a head pose (but for
@@ -300,7 +304,7 @@ class RandomResizedCrop:
 
     Attributes:
         size: Side of the square, in pixels.
-        scale: Range of the rectangle's share of the area, in (0, 1].
+        scale: Range of the rectangle's fraction of the area, in (0, 1].
         ratio: Range of its width over its height; uniform on the logarithm.
     """
 
@@ -313,18 +317,17 @@ class RandomResizedCrop:
         _check_range("scale", self.scale, least=0.0, greatest=1.0)
         _check_range("ratio", self.ratio, least=0.0)
 
-    def __call__(self, image: Tensor, target: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        _check_image(image)
+    def _changed(self, image: Tensor, generator: Generator | None) -> Tensor:
         box = _rectangle(image, self.scale, self.ratio, generator)
         if box is None:  # a long picture: the largest square, in the middle
             height, width = image.shape[-2:]
             side = min(height, width)
             box = (height - side) // 2, (width - side) // 2, side, side
-        return _functional().resized_crop(image, *box, [self.size, self.size], antialias=True), target
+        return _functional().resized_crop(image, *box, [self.size, self.size], antialias=True)
 
 
 @dataclass(frozen=True)
-class ColorJitter:
+class ColorJitter(_ImageOnly):
     """Change brightness, contrast, saturation and hue by random factors, in random order; the target stays.
 
     Attributes:
@@ -339,6 +342,8 @@ class ColorJitter:
     saturation: float = 0.0
     hue: float = 0.0
 
+    colour = True
+
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -346,8 +351,7 @@ class ColorJitter:
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue is {self.hue}; expected a part of the colour circle from 0 to 0.5.")
 
-    def __call__(self, image: Tensor, target: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        _check_image(image, colour=True)
+    def _changed(self, image: Tensor, generator: Generator | None) -> Tensor:
         functional = _functional()
         changes = [
             (functional.adjust_brightness, self._factor(self.brightness, generator)),
@@ -361,7 +365,7 @@ class ColorJitter:
             if amounts[index] > 0:
                 change, value = changes[index]
                 image = change(image, value)
-        return image, target
+        return image
 
     @staticmethod
     def _factor(amount: float, generator: Generator | None) -> float:
@@ -369,7 +373,7 @@ class ColorJitter:
 
 
 @dataclass(frozen=True)
-class Grayscale:
+class Grayscale(_ImageOnly):
     """Make the picture grey, in three equal channels, with some probability; the target stays.
 
     Attributes:
@@ -378,18 +382,18 @@ class Grayscale:
 
     p: float = 0.1
 
+    colour = True
+
     def __post_init__(self) -> None:
         _check_probability(self.p)
 
-    def __call__(self, image: Tensor, target: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        _check_image(image, colour=True)
-        if _happens(self.p, generator):
-            image = _functional().rgb_to_grayscale(image, num_output_channels=3)
-        return image, target
+    def _changed(self, image: Tensor, generator: Generator | None) -> Tensor:
+        grey = _happens(self.p, generator)
+        return _functional().rgb_to_grayscale(image, num_output_channels=3) if grey else image
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(_ImageOnly):
     """Add Gaussian noise to each value of the picture; the target stays.
 
     Attributes:
@@ -403,23 +407,22 @@ class Noise:
         if not 0 <= self.std < math.inf:
             raise ValueError(f"std is {self.std}; expected 0 or more.")
 
-    def __call__(self, image: Tensor, target: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        _check_image(image)
+    def _changed(self, image: Tensor, generator: Generator | None) -> Tensor:
         noise = self.std * torch.randn(image.shape, generator=generator)
         if image.dtype == torch.uint8:
-            return (image + BYTE * noise).round_().clamp_(0, BYTE).to(torch.uint8), target
-        return (image + noise.to(image.dtype)).clamp_(0, 1), target
+            return (image + BYTE * noise).round_().clamp_(0, BYTE).to(torch.uint8)
+        return (image + noise.to(image.dtype)).clamp_(0, 1)
 
 
 @dataclass(frozen=True)
-class Erase:
+class Erase(_ImageOnly):
     """Paint over a random rectangle, with some probability; the target stays.
 
     Not for counts, as things under it would no longer be there to count.
 
     Attributes:
         p: The probability.
-        scale: Range of the rectangle's share of the area, in (0, 1].
+        scale: Range of the rectangle's fraction of the area, in (0, 1].
         ratio: Range of its width over its height; uniform on the logarithm.
         value: What it is painted with.
     """
@@ -434,16 +437,12 @@ class Erase:
         _check_range("scale", self.scale, least=0.0, greatest=1.0)
         _check_range("ratio", self.ratio, least=0.0)
 
-    def __call__(self, image: Tensor, target: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        _check_image(image)
-        if not _happens(self.p, generator):
-            return image, target
-        box = _rectangle(image, self.scale, self.ratio, generator)
-        if box is not None:
+    def _changed(self, image: Tensor, generator: Generator | None) -> Tensor:
+        if _happens(self.p, generator) and (box := _rectangle(image, self.scale, self.ratio, generator)) is not None:
             top, left, height, width = box
             image = image.clone()
             image[..., top : top + height, left : left + width] = self.value
-        return image, target
+        return image
 
 
 # ---------------------------------------------------------------------------------------------- draws and checks

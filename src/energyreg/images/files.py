@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from energyreg.checks import check_count
 from energyreg.errors import DataError, MissingFileError
 from energyreg.images.reading import ImageFileError, read_rgb
 from energyreg.tables.targets import read_targets
@@ -152,8 +152,7 @@ class ImageFiles(Dataset[Any]):
         duplicates: str = "raise",
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"size is {size!r}; expected a whole number of pixels, at least 1.")
+        check_count("size", size)
         for name, value, known in (
             ("resize", resize, RESIZES), ("on_error", on_error, ON_ERROR), ("duplicates", duplicates, DUPLICATES),
         ):  # fmt: skip
@@ -169,7 +168,7 @@ class ImageFiles(Dataset[Any]):
             self.targets = torch.from_numpy(read_targets(targets, "targets", len(self.paths), "files"))
         self.size, self.resize, self.transform, self.on_error = int(size), resize, transform, on_error
         self.failed: dict[str, str] = {}
-        self._told = 0
+        self._warned = 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -202,11 +201,11 @@ class ImageFiles(Dataset[Any]):
             on_error=self.on_error, duplicates="allow",
         )  # fmt: skip
 
-    def tell(self) -> None:
+    def warn_failed(self) -> None:
         """Warn of the files that could not be read, where there are more than at the last time."""
-        if len(self.failed) == self._told:
+        if len(self.failed) == self._warned:
             return
-        names, self._told = list(self.failed), len(self.failed)
+        names, self._warned = list(self.failed), len(self.failed)
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         warnings.warn(
             f"{len(names)} of {len(self)} images could not be read and were left out: {', '.join(names[:SHOWN])}"
@@ -306,7 +305,7 @@ class ImageLoader(DataLoader[Any]):
                 files.failed[str(files.paths[index])] = str(unread)
             count += 1
             if count == len(self):  # who counts batches never asks for one more
-                files.tell()
+                files.warn_failed()
             if numbers:
                 yield numbers, batch
 
@@ -354,9 +353,8 @@ def image_loader(
     """
     if not isinstance(files, ImageFiles):
         raise ValueError(f"files is a {type(files).__name__}; expected ImageFiles(paths, targets, size=...).")
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}.")
+    check_count("batch_size", batch_size)
+    check_count("workers", workers, 0)
     guarded = _Guarded(files)
     return ImageLoader(
         guarded, batch_size=int(batch_size), shuffle=shuffle, num_workers=int(workers), drop_last=drop_last,
