@@ -18,7 +18,7 @@ def _targets(name: str) -> Tensor:
     n = torch.randn(1000, generator=_generator(), dtype=torch.float64)
     return {
         "normal": n,
-        "narrow_humps": torch.cat([0.02 * n[:500] - 1, 0.02 * n[500:] + 1]),
+        "narrow_peaks": torch.cat([0.02 * n[:500] - 1, 0.02 * n[500:] + 1]),
         "skewed": n.exp(),
         "integers": (2 * n).round() / 2,
         "nearly_constant": torch.cat([torch.zeros(999, dtype=torch.float64), torch.ones(1, dtype=torch.float64)]),
@@ -40,7 +40,7 @@ def _angles(name: str) -> Tensor:
     return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
 
 
-LINES = ["normal", "narrow_humps", "skewed", "integers", "nearly_constant", "outlier", "two_rows"]
+LINES = ["normal", "narrow_peaks", "skewed", "integers", "nearly_constant", "outlier", "two_rows"]
 CIRCLES = ["across_the_cut", "uniform", "narrow", "two_rows", "tied"]
 
 

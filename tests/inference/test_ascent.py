@@ -14,8 +14,8 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _humps(y: Tensor) -> Tensor:
-    """Two Gaussian humps of different heights in each dimension, shape (*S, B, D) to (*S, B)."""
+def _peaks(y: Tensor) -> Tensor:
+    """Two Gaussian peaks of different heights in each dimension, shape (*S, B, D) to (*S, B)."""
     return torch.logaddexp(-2 * (y - 1).square(), -1 - 2 * (y + 1).square()).sum(-1)
 
 
@@ -30,7 +30,7 @@ def test_finds_the_maximum_of_a_quadratic() -> None:
 @pytest.mark.parametrize("step_size", [1e-3, 0.1, 1.0, 100.0])
 def test_never_falls_and_rises_with_the_steps(step_size: float) -> None:
     start = 2 * _randn(50, 3, 2)
-    values = [_humps(refine(_humps, start, num_steps=steps, step_size=step_size)) for steps in (0, 1, 5, 25)]
+    values = [_peaks(refine(_peaks, start, num_steps=steps, step_size=step_size)) for steps in (0, 1, 5, 25)]
     for before, after in pairwise(values):
         assert (after >= before).all()
     assert values[-1].mean() > values[0].mean()
@@ -38,9 +38,9 @@ def test_never_falls_and_rises_with_the_steps(step_size: float) -> None:
 
 def test_a_step_is_the_gradient_times_its_length() -> None:
     start = _randn(6, 2)
-    y = refine(_humps, start, num_steps=1, step_size=torch.tensor([0.01, 0.02], dtype=torch.float64))
+    y = refine(_peaks, start, num_steps=1, step_size=torch.tensor([0.01, 0.02], dtype=torch.float64))
     leaf = start.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(_humps(leaf).sum(), leaf)
+    (gradient,) = torch.autograd.grad(_peaks(leaf).sum(), leaf)
     torch.testing.assert_close(y, start + torch.tensor([0.01, 0.02], dtype=torch.float64) * gradient)
 
 
@@ -54,8 +54,8 @@ def test_a_rejected_step_is_shortened() -> None:
 
 def test_points_do_not_see_each_other() -> None:
     start = 2 * _randn(7, 3, 2)
-    together = refine(_humps, start, num_steps=15, step_size=0.6)
-    alone = torch.stack([refine(_humps, row[None], num_steps=15, step_size=0.6)[0] for row in start])
+    together = refine(_peaks, start, num_steps=15, step_size=0.6)
+    alone = torch.stack([refine(_peaks, row[None], num_steps=15, step_size=0.6)[0] for row in start])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
 
@@ -63,9 +63,9 @@ def test_points_do_not_see_each_other() -> None:
 def test_steps_may_differ_by_dimension_and_by_point(step_size: list[float] | Tensor) -> None:
     start = _randn(4, 3, 2)
     step = torch.as_tensor(step_size).double().expand_as(start)
-    together = refine(_humps, start, num_steps=4, step_size=step_size)
+    together = refine(_peaks, start, num_steps=4, step_size=step_size)
     alone = [
-        refine(_humps, start[s, b][None], num_steps=4, step_size=step[s, b])[0] for s in range(4) for b in range(3)
+        refine(_peaks, start[s, b][None], num_steps=4, step_size=step[s, b])[0] for s in range(4) for b in range(3)
     ]
     torch.testing.assert_close(together, torch.stack(alone).reshape(4, 3, 2), rtol=0, atol=1e-6)
 
@@ -76,7 +76,7 @@ def test_angles_are_wrapped_and_nothing_else() -> None:
 
     start = torch.tensor([[3.0, 4.0], [-2.0 + 4 * math.pi, 6.0]], dtype=torch.float64)
     y = refine(function, start, num_steps=200, step_size=0.3, periodic=(True, False))
-    # cos is 1 to the last digit of float64 within 1e-8 of its top: nothing climbs closer.
+    # cos is 1 to the last digit of float64 within 1e-8 of its top: no ascent gets closer.
     torch.testing.assert_close(y, torch.tensor([[3.5 - 2 * math.pi, 5.0]] * 2).double(), rtol=0, atol=1e-6)
     free = refine(function, start, num_steps=200, step_size=0.3)
     torch.testing.assert_close(free[0], torch.tensor([3.5, 5.0]).double(), rtol=0, atol=1e-6)
@@ -85,7 +85,7 @@ def test_angles_are_wrapped_and_nothing_else() -> None:
 
 def test_no_steps_no_change() -> None:
     start = _randn(2, 3, 1)
-    assert torch.equal(refine(_humps, start, num_steps=0), start)
+    assert torch.equal(refine(_peaks, start, num_steps=0), start)
 
 
 def test_steps_into_impossible_regions_are_rejected() -> None:
@@ -103,7 +103,7 @@ def test_steps_into_impossible_regions_are_rejected() -> None:
 
 
 def test_a_start_that_is_not_a_number_stays_and_harms_no_other() -> None:
-    y = refine(_humps, torch.tensor([[math.nan], [0.8]], dtype=torch.float64), num_steps=50)
+    y = refine(_peaks, torch.tensor([[math.nan], [0.8]], dtype=torch.float64), num_steps=50)
     assert y[0].isnan()
     assert y[1].item() == pytest.approx(1, abs=1e-2)
 
@@ -112,7 +112,7 @@ def test_a_start_that_is_not_a_number_stays_and_harms_no_other() -> None:
 def test_keeps_dtype_and_start_and_carries_no_gradient(dtype: torch.dtype) -> None:
     start = torch.zeros(2, 1, dtype=dtype, requires_grad=True)
     with torch.no_grad():  # as in prediction
-        y = refine(_humps, start, num_steps=3)
+        y = refine(_peaks, start, num_steps=3)
     assert y.dtype == dtype
     assert not y.requires_grad
     assert start.grad is None
@@ -137,4 +137,4 @@ def test_keeps_dtype_and_start_and_carries_no_gradient(dtype: torch.dtype) -> No
 )
 def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        refine(_humps, torch.zeros(1, 2), **arguments)
+        refine(_peaks, torch.zeros(1, 2), **arguments)

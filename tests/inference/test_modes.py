@@ -43,7 +43,7 @@ def mixture(
     return er.EnergyRegressionModel(nn.Identity(), None, proposal=q, base=base, space=space).to(dtype).eval()
 
 
-def two_humps(space: TargetSpace, dtype: torch.dtype = torch.float64) -> er.EnergyRegressionModel:
+def two_peaks(space: TargetSpace, dtype: torch.dtype = torch.float64) -> er.EnergyRegressionModel:
     return mixture(space, [0.35, 0.65], [-1.1, 0.9], [0.3, 0.5], dtype)
 
 
@@ -94,10 +94,10 @@ def grid_of(space: TargetSpace, n: int = 40_001) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("space", SPACES)
 def test_modes_are_the_tops_of_a_known_density_and_share_it_at_the_valleys(space: str, dtype: torch.dtype) -> None:
-    model = two_humps(SPACES[space](), dtype)
+    model = two_peaks(SPACES[space](), dtype)
     modes = model(x(dtype)).modes()
     grid = grid_of(model.space)
-    exact = two_humps(SPACES[space]())(x(rows=1)).log_prob(grid[:, None, None])[:, 0]
+    exact = two_peaks(SPACES[space]())(x(rows=1)).log_prob(grid[:, None, None])[:, 0]
     top = (1 + ((exact[1:-1] > exact[:-2]) & (exact[1:-1] >= exact[2:])).nonzero()[:, 0]).tolist()
     assert len(top) == 2
     valley = top[0] + int(exact[top[0] : top[1]].argmin())
@@ -129,7 +129,7 @@ def test_a_basin_across_a_cut_is_one(angle: float, low: float) -> None:
     assert modes.counts.tolist() == [2] * ROWS
     known = torch.tensor([angle, angle + 2.5], dtype=torch.double)
     arc = (model.space.to_model(modes.values[0])[:, 0] - known + math.pi).remainder(2 * math.pi) - math.pi
-    # The other hump's flank moves a top by its slope over the curvature: less than 1e-4 here.
+    # The other peak's flank moves a top by its slope over the curvature: less than 1e-4 here.
     assert arc.abs().max() < 1e-3
     # Each component has less than 1e-3 beyond its valleys, which are more than 3.3 scales away.
     torch.testing.assert_close(modes.probabilities[0], torch.tensor([0.7, 0.3]).double(), rtol=0, atol=3e-3)
@@ -187,7 +187,7 @@ def test_ripples_count_by_their_prominence() -> None:
 
 def test_modes_within_the_tolerance_are_one() -> None:
     for space in (Real(), Circle()):
-        p = two_humps(space)(x())  # 2.0 apart
+        p = two_peaks(space)(x())  # 2.0 apart
         assert p.modes(tolerance=1.9).counts.tolist() == [2] * ROWS
         assert p.modes(tolerance=2.1).counts.tolist() == [1] * ROWS
         assert p.modes(tolerance=2.1).probabilities[0].item() == pytest.approx(1.0)
@@ -250,7 +250,7 @@ def test_starts_that_have_not_arrived_are_one_mode_for_want_of_a_valley() -> Non
 
 @pytest.mark.parametrize("space", ["real", "positive", "circle"])
 def test_samples_and_cells_find_the_same_modes(space: str) -> None:
-    model = two_humps(SPACES[space]())
+    model = two_peaks(SPACES[space]())
     cells, samples = model(x()).modes(), model(x(), integrator=ImportanceSampling(2048)).modes()
     for row in range(ROWS):
         a, b = model.space.to_model(cells.values[row]), model.space.to_model(samples.values[row])
@@ -326,7 +326,7 @@ def test_chunks_change_nothing_and_the_seed_decides(space: str, budget: int) -> 
 )
 def test_wrong_arguments_of_modes_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        two_humps(Real())(x()).modes(**arguments)
+        two_peaks(Real())(x()).modes(**arguments)
 
 
 # Refined estimates ----------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def test_refining_never_lowers_the_density_and_stays_in_the_space(space: str, st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("space", SPACES)
 def test_refined_estimates_arrive_at_the_mode_uphill(space: str, dtype: torch.dtype) -> None:
-    model = two_humps(SPACES[space](), dtype)
+    model = two_peaks(SPACES[space](), dtype)
     p = model(x(dtype))
     modes = p.modes()
     z = model.space.to_model(modes.values[0])[:, 0]
@@ -373,7 +373,7 @@ def test_steps_may_differ_by_dimension() -> None:
 
 
 def test_shapes_of_initial_estimates() -> None:
-    p = two_humps(Real())(x())
+    p = two_peaks(Real())(x())
     assert p.refine(torch.zeros(ROWS)).shape == (ROWS, 1)
     assert p.refine([0.0] * ROWS).shape == (ROWS, 1)
     assert p.refine(torch.zeros(2, 4, ROWS, 1)).shape == (2, 4, ROWS, 1)
@@ -391,7 +391,7 @@ def test_an_estimate_without_density_stays() -> None:
 
 @pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf])
 def test_initial_estimates_outside_the_space_are_refused(bad: float) -> None:
-    p = two_humps(Positive())(x())
+    p = two_peaks(Positive())(x())
     with pytest.raises(ValueError, match=r"initial has 2 of 3 rows .*Positive\(dim=1\).*index \(0,\)"):
         p.refine(torch.tensor([bad, 1.0, bad]))
 
@@ -410,4 +410,4 @@ def test_initial_estimates_outside_the_space_are_refused(bad: float) -> None:
 )
 def test_wrong_arguments_of_refine_are_refused(initial: Tensor, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        two_humps(Real())(x()).refine(initial, **arguments)
+        two_peaks(Real())(x()).refine(initial, **arguments)

@@ -1,4 +1,4 @@
-"""Laws of weighted points, of cells, and of the Pareto shape."""
+"""Laws of weighted points: moments, quantiles and draws."""
 
 import math
 
@@ -9,8 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from energyreg.inference.cells import Cells
-from energyreg.inference.pareto import pareto_k
 from energyreg.inference.points import WeightedPoints
 
 
@@ -144,45 +142,6 @@ def test_shapes_that_disagree(y_shape: tuple[int, ...], weights_shape: tuple[int
         WeightedPoints(torch.zeros(y_shape), torch.zeros(weights_shape))
 
 
-@pytest.mark.parametrize("k", [0.2, 0.5, 0.7, 1.0, 2.0])
-def test_pareto_k_recovers_the_shape_of_a_pareto_tail(k: float) -> None:
-    # U^-k has a tail of shape k. The tail has 949 weights, and the estimate a standard error of (1 + k) / √949.
-    uniform = torch.rand(100_000, 8, generator=_generator(), dtype=torch.float64)
-    estimate = pareto_k(-k * uniform.log())
-    assert (estimate - k).abs().max() < 4 * (1 + k) / math.sqrt(949)
-
-
-def test_pareto_k_of_a_proposal_that_covers_and_of_one_that_does_not() -> None:
-    # Weights p / q of normals of scale 1 and s < 1 have k = 1 - s², approached from below. Those of s > 1 end at
-    # y = 0, as a square, which is k = -2. The standard error for 190 weights in the tail is 0.14, of the median 0.04.
-    for scale, least, most in ((1.5, -2.1, -1.4), (0.3, 0.7, 1.1)):
-        y = scale * _randn(4000, 20)
-        log_weights = -y.square() / 2 + y.square() / (2 * scale**2)
-        assert least < pareto_k(log_weights).median() < most
-
-
-def test_pareto_k_does_not_depend_on_scale_order_or_the_other_columns() -> None:
-    log_weights = 2 * _randn(500, 3)
-    k = pareto_k(log_weights)
-    torch.testing.assert_close(pareto_k(log_weights + 12.0), k, rtol=1e-9, atol=1e-9)
-    assert torch.equal(pareto_k(log_weights.flip(0)), k)
-    torch.testing.assert_close(pareto_k(log_weights[:, 1:2]), k[1:2])
-    assert torch.equal(WeightedPoints(torch.zeros(500, 1, 1), log_weights).pareto_k, k)
-    float32 = pareto_k(log_weights.float())
-    assert float32.dtype == torch.float32
-    torch.testing.assert_close(float32.double(), k, rtol=1e-4, atol=1e-4)
-
-
-def test_pareto_k_at_the_limits() -> None:
-    assert pareto_k(torch.zeros(100, 1)).item() == 0
-    assert pareto_k(torch.randn(10, 1, generator=_generator())).isnan().all()
-    # A range beyond that of exp, and points of no weight, are not to be trusted, which is no NaN.
-    assert (pareto_k(1000 * _randn(1000, 5)) > 1).all()
-    log_weights = _randn(1000, 1)
-    log_weights[50:] = -math.inf
-    assert pareto_k(log_weights).item() > 1
-
-
 @settings(deadline=None)
 @given(m=st.integers(1, 60), num_samples=st.integers(1, 200), spread=st.floats(0, 5), seed=st.integers(0, 99))
 def test_systematic_resampling_draws_each_point_as_often_as_its_weight_says(
@@ -210,61 +169,6 @@ def test_systematic_resampling_is_unbiased_and_in_random_order() -> None:
     assert count < 0.25 < 7 * 0.4 * 0.6
 
 
-def _smoothed_by_the_book(log_weights: np.ndarray) -> np.ndarray:
-    """One row, in the steps of Vehtari et al. 2024 and of the R package loo."""
-    m = len(log_weights)
-    shifted = log_weights - log_weights.max()
-    order = np.argsort(shifted)
-    length = math.ceil(min(0.2 * m, 3 * math.sqrt(m)))
-    tail, threshold = order[-length:], math.exp(shifted[order[-length - 1]])
-    x = np.exp(shifted[tail]) - threshold
-    # Zhang and Stephens's fit, a value of theta at a time.
-    size = 30 + math.floor(math.sqrt(length))
-    quartile = x[math.floor(length / 4 + 0.5) - 1]
-    theta = [1 / x[-1] + (1 - math.sqrt(size / (j - 0.5))) / (3 * quartile) for j in range(1, size + 1)]
-    profile = []
-    for value in theta:
-        k = np.log1p(-value * x).mean()
-        profile.append(length * (math.log(-value / k) - k - 1))
-    weights = [1 / sum(math.exp(other - one) for other in profile) for one in profile]
-    mean = sum(w * value for w, value in zip(weights, theta, strict=True))
-    k = np.log1p(-mean * x).mean()
-    sigma = -k / mean
-    k = (length * k + 10 * 0.5) / (length + 10)
-    for rank, index in enumerate(tail):
-        p = (rank + 0.5) / length
-        shifted[index] = min(math.log(threshold + sigma * ((1 - p) ** -k - 1) / k), 0.0)
-    return shifted + log_weights.max()
-
-
-@pytest.mark.parametrize(("m", "scale"), [(25, 1.0), (100, 0.3), (101, 2.0), (1000, 1.0), (1000, 5.0)])
-def test_pareto_smoothing_is_that_of_its_authors(m: int, scale: float) -> None:
-    log_weights = scale * _randn(m, 4) + 100
-    points = WeightedPoints(_randn(m, 1, 2), log_weights)
-    smoothed = points.pareto_smoothed()
-    expected = np.stack([_smoothed_by_the_book(row.copy()) for row in log_weights.T.numpy()], 1)
-    np.testing.assert_allclose(smoothed.log_weights, expected, rtol=1e-11)
-    assert smoothed.y is points.y
-    assert smoothed.independent
-
-
-@settings(deadline=None)
-@given(m=st.integers(25, 300), spread=st.floats(0.01, 30), seed=st.integers(0, 99))
-def test_pareto_smoothing_keeps_the_order_the_bulk_and_the_largest_weight_as_a_bound(
-    m: int, spread: float, seed: int
-) -> None:
-    raw = spread * _randn(m, 2, seed=seed)
-    smoothed = WeightedPoints(torch.zeros(m, 1, 1), raw).pareto_smoothed().log_weights
-    tail = math.ceil(min(0.2 * m, 3 * math.sqrt(m)))
-    order = raw.argsort(0)
-    assert (smoothed.gather(0, order).diff(dim=0) >= 0).all()
-    assert torch.equal(smoothed.gather(0, order)[:-tail], raw.gather(0, order)[:-tail])
-    assert (smoothed <= raw.amax(0)).all()
-    float32 = WeightedPoints(torch.zeros(m, 1, 1), raw.float()).pareto_smoothed().log_weights
-    assert float32.dtype == torch.float32
-    torch.testing.assert_close(float32.double(), smoothed, rtol=1e-3, atol=1e-3)
-
-
 def test_pareto_smoothing_lowers_the_error_of_log_z_for_heavy_weights() -> None:
     # Samples of a normal of half the scale: k = 0.75, where the raw weights have no variance. 4000 repetitions know a
     # mean absolute error to 2 %.
@@ -278,72 +182,3 @@ def test_pareto_smoothing_lowers_the_error_of_log_z_for_heavy_weights() -> None:
     points = _importance_sample(400, 2000)
     raw, smooth = points.log_partition - LOG_PARTITION, points.pareto_smoothed().log_partition - LOG_PARTITION
     assert smooth.square().mean() < 1.1 * raw.square().mean()
-
-
-def test_pareto_smoothing_leaves_alone_what_has_no_tail() -> None:
-    for raw in (torch.full((100, 2), -7.0), _randn(24, 2), torch.full((100, 2), -math.inf)):
-        assert torch.equal(WeightedPoints(torch.zeros(len(raw), 1, 1), raw).pareto_smoothed().log_weights, raw)
-    # Rows by themselves: one with equal weights beside one with a tail; and a point without weight gets none.
-    raw = torch.stack([torch.zeros(100, dtype=torch.float64), 3 * _randn(100), 3 * _randn(100)], 1)
-    raw[:85, 2] = -math.inf
-    smoothed = WeightedPoints(torch.zeros(100, 1, 1), raw.requires_grad_()).pareto_smoothed().log_weights
-    assert not smoothed.requires_grad
-    assert torch.equal(smoothed[:, 0], raw[:, 0])
-    assert (smoothed[:, 1] != raw[:, 1]).sum() == 19  # of 20: the largest is cut to what it was
-    assert (smoothed[:85, 2] == -math.inf).all()
-    assert smoothed[85:, 2].isfinite().all()
-
-
-def _cells(num_rows: int = 3, shared: bool = True) -> Cells:
-    shape = (20,) if shared else (20, num_rows)
-    widths = torch.rand(shape, generator=_generator(), dtype=torch.float64) + 0.1
-    widths = widths / widths.sum(0)
-    edges = torch.cat([torch.zeros_like(widths[:1]), widths.cumsum(0)])
-    edges[-1] = 1
-    return Cells(edges, (edges[1:] + edges[:-1]) / 2, 2 * _randn(20, num_rows))
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_cells_cdf_is_the_sum_of_the_masses_before(shared: bool) -> None:
-    cells = _cells(shared=shared)
-    torch.testing.assert_close(cells.masses.sum(0), torch.ones(3, dtype=torch.float64))
-    edges = cells.edges[:, None].expand(-1, 3) if shared else cells.edges
-    cdf = cells.unit_cdf(edges)
-    torch.testing.assert_close(cdf.diff(dim=0), cells.masses, rtol=1e-9, atol=1e-12)
-    assert (cdf[0] == 0).all()
-    torch.testing.assert_close(cdf[-1], torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close(
-        cells.log_widths.exp().sum(0), torch.ones(cells.log_widths.shape[1], dtype=torch.float64)
-    )
-    torch.testing.assert_close(cells.log_partition, cells.log_masses.exp().sum(0).log())
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_cells_icdf_inverts_cdf(shared: bool) -> None:
-    cells = _cells(shared=shared)
-    u = torch.rand(500, 3, generator=_generator(1), dtype=torch.float64)
-    torch.testing.assert_close(cells.unit_quantiles(cells.unit_cdf(u)), u, rtol=0, atol=1e-9)
-    torch.testing.assert_close(cells.unit_cdf(cells.unit_quantiles(u)), u, rtol=0, atol=1e-12)
-    assert (cells.unit_quantiles(u.sort(0).values).diff(dim=0) >= 0).all()
-
-
-def test_cells_of_no_mass_hold_no_quantile_and_give_no_nan() -> None:
-    edges = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-    log_masses = torch.tensor([-math.inf, 0.0, -math.inf, 0.0], dtype=torch.float64)[:, None]
-    cells = Cells(edges, edges[:-1] + 0.125, log_masses)
-    u = torch.tensor([0.0, 0.2, 0.25, 0.375, 0.5, 0.6, 0.75, 1.0], dtype=torch.float64)[:, None]
-    assert cells.unit_cdf(u).flatten().tolist() == [0, 0, 0, 0.25, 0.5, 0.5, 0.5, 1]
-    quantiles = cells.unit_quantiles(torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]).flatten()
-    assert quantiles.isfinite().all()
-    assert not ((quantiles > 0.5) & (quantiles < 0.75)).any()
-    assert not (quantiles < 0.25).any()
-
-
-def test_equal_cells_are_the_uniform_distribution() -> None:
-    edges = torch.linspace(0, 1, 17, dtype=torch.float64)
-    cells = Cells(edges, (edges[1:] + edges[:-1]) / 2, torch.full((16, 2), -math.log(16), dtype=torch.float64))
-    u = torch.rand(100, 2, generator=_generator(), dtype=torch.float64)
-    torch.testing.assert_close(cells.unit_cdf(u), u)
-    torch.testing.assert_close(cells.unit_quantiles(u), u)
-    torch.testing.assert_close(cells.log_partition, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(cells.log_partition_stderr, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)

@@ -14,10 +14,10 @@ from torch import Tensor
 __all__ = ["Cells", "half_disagreement"]
 
 
-def half_disagreement(shares: Tensor) -> Tensor:
-    """Half the difference on log Z between the even and the odd nodes, from all nodes' shares in Z, (G, B) to (B,)."""
-    half = len(shares) // 2
-    even, odd = shares[: 2 * half].unflatten(0, (half, 2)).sum(0).log()
+def half_disagreement(masses: Tensor) -> Tensor:
+    """Half-sample error estimate of log Z, from the masses of all nodes, (G, B) to (B,)."""
+    half = len(masses) // 2
+    even, odd = masses[: 2 * half].unflatten(0, (half, 2)).sum(0).log()
     return (even - odd).abs() / 2
 
 
@@ -51,7 +51,7 @@ class Cells:
 
     @property
     def log_partition_stderr(self) -> Tensor:
-        """Half the disagreement of two interleaved halves on log Z, shape (B,)."""
+        """Half-sample error estimate of log Z, from the even and the odd cells, shape (B,)."""
         return half_disagreement(self.masses)
 
     @staticmethod
@@ -122,19 +122,19 @@ class Cells:
         index = self._find(edges, value)
         start, stop = self._at(self.edges, index), self._at(self.edges, index + 1)
         t = ((value - start) / (stop - start).clamp_min(1e-300)).clamp(0, 1)
-        share = t + self._slope(index) * t * (t - 1)
-        return torch.lerp(cumulative.gather(1, index), cumulative.gather(1, index + 1), share).T
+        fraction = t + self._slope(index) * t * (t - 1)
+        return torch.lerp(cumulative.gather(1, index), cumulative.gather(1, index + 1), fraction).T
 
     def unit_quantiles(self, level: Tensor) -> Tensor:
         """Unit coordinates at probabilities, (S, B) to (S, B), in double precision."""
         value, cumulative = level.double().T.contiguous(), self._cumulative
         index = self._find(cumulative, value)
         start, stop = cumulative.gather(1, index), cumulative.gather(1, index + 1)
-        share = ((value - start) / (stop - start).clamp_min(1e-300)).clamp(0, 1)
+        fraction = ((value - start) / (stop - start).clamp_min(1e-300)).clamp(0, 1)
         slope = self._slope(index)
-        # The root of slope t² + (1 - slope) t = share in (0, 1), in the form that does not cancel.
+        # The root of slope t² + (1 - slope) t = fraction in (0, 1), in the form that does not cancel.
         linear = 1 - slope
-        t = 2 * share / (linear + (linear.square() + 4 * slope * share).clamp_min(0).sqrt()).clamp_min(1e-300)
+        t = 2 * fraction / (linear + (linear.square() + 4 * slope * fraction).clamp_min(0).sqrt()).clamp_min(1e-300)
         return torch.lerp(self._at(self.edges, index), self._at(self.edges, index + 1), t.clamp(0, 1)).T
 
     # The same in model space -----------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Cells:
 
     @cached_property
     def y(self) -> Tensor:
-        """The centres in model space, shape (G, B, 1), or (G, 1, 1) where all rows share them."""
+        """The centres in model space, shape (G, B, 1), or (G, 1, 1) where all rows fraction them."""
         return self.reference.from_unit(self.centres.reshape(len(self.centres), -1, 1))
 
     def log_density(self, f: Callable[[Tensor], Tensor]) -> Tensor:

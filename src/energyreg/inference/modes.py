@@ -56,7 +56,7 @@ def highest(block: RowBlock) -> Tensor:
     """The highest mode in user units, shape (B, D)."""
     best = block.point_density().argmax(0, keepdim=True)
     if block.is_line:
-        return block.space.to_user(block.nodes.from_unit(_zoom(block, best))[0, :, None])
+        return block.space.to_user(block.cells.from_unit(_zoom(block, best))[0, :, None])
     found = ascend(block, _points_at(block, best), block.spread() / 2, num_steps=50)
     return block.space.to_user(found[0])
 
@@ -97,9 +97,9 @@ def _line_modes(
         density, z, masses,
         tolerance=tolerance, min_prominence=min_prominence, min_probability=min_probability,
     )  # fmt: skip
-    z = block.nodes.from_unit(_zoom(block, cell.gather(0, top)))
+    z = block.cells.from_unit(_zoom(block, cell.gather(0, top)))
     border = _zoom(block, cell.gather(0, torch.cat([torch.zeros_like(top[:1]), valley])), lowest=True)
-    level = block.nodes.unit_cdf(border.remainder(1) if circle else border)
+    level = block.cells.unit_cdf(border.remainder(1) if circle else border)
     level = (level - level[0]).remainder(1) if circle else level
     rank = torch.arange(len(top), device=top.device)[:, None]
     kept = rank < count
@@ -135,27 +135,27 @@ def _point_modes(
     # ones: every 32nd point of a Sobol sequence lies in the same corner.)
     jitter = torch.rand(num_starts, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     levels = ((torch.arange(num_starts) + jitter) / num_starts).to(spread.device)
-    index = block.nodes.indices_at(levels[:, None].expand(-1, rows))
+    index = block.points.indices_at(levels[:, None].expand(-1, rows))
     best = block.point_density().argmax(0, keepdim=True)
     z = _points_at(block, torch.cat([best, index]))
-    share = torch.full((len(z), rows), 1 / num_starts, dtype=torch.double, device=z.device)
-    share[0] = 0.0  # the best point is no draw: it is there for the sake of the highest mode
+    weight = torch.full((len(z), rows), 1 / num_starts, dtype=torch.double, device=z.device)
+    weight[0] = 0.0  # the best point is no draw: it is there for the sake of the highest mode
     # Twice: what has not arrived goes on from fresh steps, now that it is few. Of another length, as one that is
     # twice the variance at a top jumps from side to side and gets nowhere.
-    for share_of_spread in (1 / 2, 1 / 3):
-        z = ascend(block, z, share_of_spread * spread, num_steps)
-        z, height, share = _by_height(block, z, share)
-        z, height, share = merge(z, height, share, nearby(z, height, tolerance, periodic))
-    z, height, share = merge(z, height, share, _over_passes(block, z, height, spread, min_prominence))
-    small = (share < min_probability) & (height > -math.inf)
+    for step in (1 / 2, 1 / 3):
+        z = ascend(block, z, step * spread, num_steps)
+        z, height, weight = _by_height(block, z, weight)
+        z, height, weight = merge(z, height, weight, nearby(z, height, tolerance, periodic))
+    z, height, weight = merge(z, height, weight, _over_passes(block, z, height, spread, min_prominence))
+    small = (weight < min_probability) & (height > -math.inf)
     small[0] = False  # the highest
     if small.any():
         distance = _distances(block, z, spread).masked_fill(small[:, None] | (height == -math.inf)[:, None], math.inf)
         own = torch.arange(len(z), device=z.device)[:, None]
-        z, height, share = merge(z, height, share, torch.where(small, distance.argmin(0), own))
+        z, height, weight = merge(z, height, weight, torch.where(small, distance.argmin(0), own))
     kept = height > -math.inf
     kept[0] = True
-    return z, share, kept
+    return z, weight, kept
 
 
 def _points_at(block: RowBlock, index: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _points_at(block: RowBlock, index: Tensor) -> Tensor:
 
 def _zoom(block: RowBlock, cell: Tensor, lowest: bool = False) -> Tensor:
     """Narrow the brackets around the highest (or lowest) cells, (K, B), to unit coordinates, by grids of nine."""
-    centres = block.nodes.row_centres
+    centres = block.cells.row_centres
     if block.space.periodic[0]:
         padded = torch.cat([centres[-1:] - 1, centres, centres[:1] + 1])
     else:
@@ -178,7 +178,7 @@ def _zoom(block: RowBlock, cell: Tensor, lowest: bool = False) -> Tensor:
     size = block.points_at_once(len(cell), 64)
     for _ in range(5):
         grid = torch.lerp(low, high, steps)
-        z = block.nodes.from_unit(grid)[..., None].split(max(size // 9, 1), 1)
+        z = block.cells.from_unit(grid)[..., None].split(max(size // 9, 1), 1)
         density = torch.cat([block.user_density(part) for part in z], 1)
         index = density.argmin(0, keepdim=True) if lowest else density.argmax(0, keepdim=True)
         low = grid.gather(0, (index - 1).clamp_min(0))[0]
@@ -186,12 +186,12 @@ def _zoom(block: RowBlock, cell: Tensor, lowest: bool = False) -> Tensor:
     return middle
 
 
-def _by_height(block: RowBlock, z: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Points, heights and shares, the highest of each row first."""
+def _by_height(block: RowBlock, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points, heights and weights, the highest of each row first."""
     size = block.points_at_once(len(z), 16 * block.dim)
     height = torch.cat([block.user_density(part) for part in z.split(size)]).nan_to_num(-math.inf)
     height, order = height.sort(dim=0, descending=True, stable=True)
-    return z.gather(0, order[..., None].expand_as(z)), height, share.gather(0, order)
+    return z.gather(0, order[..., None].expand_as(z)), height, weight.gather(0, order)
 
 
 def _distances(block: RowBlock, z: Tensor, spread: Tensor) -> Tensor:
@@ -213,8 +213,8 @@ def _over_passes(block: RowBlock, z: Tensor, height: Tensor, spread: Tensor, min
     lowest = torch.full_like(distance, math.inf)
     flat = (len(near) * len(z), block.f.batch_size, block.dim)
     size = block.points_at_once(flat[0], 16 * block.dim)
-    for share in torch.linspace(0, 1, 17, dtype=z.dtype)[1:-1].tolist():
-        line = (z[None] + share * way).reshape(flat).split(size)
+    for fraction in torch.linspace(0, 1, 17, dtype=z.dtype)[1:-1].tolist():
+        line = (z[None] + fraction * way).reshape(flat).split(size)
         density = torch.cat([block.user_density(part) for part in line])
         lowest = torch.minimum(lowest, density.reshape(lowest.shape).nan_to_num(-math.inf))
     barrier = torch.where(distance < math.inf, height - lowest, math.inf)
@@ -226,7 +226,7 @@ def _over_passes(block: RowBlock, z: Tensor, height: Tensor, spread: Tensor, min
 
 
 def ascend(block: RowBlock, z: Tensor, step_size: Any, num_steps: int, decay: float = 0.5) -> Tensor:
-    """Climb the density in user units from model values, (S, B, D) to (S, B, D)."""
+    """Refine by gradient ascent on the density in user units from model values, (S, B, D) to (S, B, D)."""
     # The gradient keeps about three times what a value needs.
     size = block.points_at_once(len(z), 3 * block.f.floats_per_point(False) + 16 * block.dim)
     options: dict[str, Any] = {"num_steps": num_steps, "decay": decay, "periodic": block.space.periodic}

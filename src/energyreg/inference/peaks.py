@@ -112,22 +112,22 @@ def nearby(points: Tensor, height: Tensor, tolerance: float, periodic: Sequence[
         parent = torch.where(free & near, leader, parent)
 
 
-def merge(points: Tensor, height: Tensor, share: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each point's share to the point that it belongs to, and keep those that stand for themselves.
+def merge(points: Tensor, height: Tensor, weight: Tensor, parent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each point's weight to the point that it belongs to, and keep those that stand for themselves.
 
     Args:
         points: Shape (S, B, D).
         height: Shape (S, B).
-        share: Shape (S, B).
+        weight: Shape (S, B).
         parent: Indices along S of points that are their own parents, shape (S, B).
 
     Returns:
-        Points, heights and shares in the given order, (K, B, D), (K, B) and (K, B). Rows with fewer than K points are
-        filled up with height -inf and share 0.
+        Points, heights and weights in the given order, (K, B, D), (K, B) and (K, B). Rows with fewer than K points are
+        filled up with height -inf and weight 0.
     """
     index = torch.arange(len(parent), device=parent.device)[:, None]
     own = parent == index
-    total = torch.zeros_like(share).scatter_add(0, parent, share)
+    total = torch.zeros_like(weight).scatter_add(0, parent, weight)
     count = own.sum(0)
     order = (~own).int().argsort(dim=0, stable=True)[: int(count.max())]
     points = points.gather(0, order[..., None].expand(-1, -1, points.shape[-1]))

@@ -55,7 +55,7 @@ def intervals(block: RowBlock, density: Tensor, threshold: Tensor) -> list[Tenso
     whole = inside.all(1)  # a circle all inside has no border; it is cut where the model is
     starts[:, 0] |= whole
     stops[:, -1] |= whole
-    unit, height = block.nodes.row_centres.T, (density - threshold).T.double()
+    unit, height = block.cells.row_centres.T, (density - threshold).T.double()
 
     def crossing(cells: Tensor, step: int) -> Tensor:
         """Where the density, linear from a border cell to its neighbour outside, meets the threshold."""
@@ -64,12 +64,12 @@ def intervals(block: RowBlock, density: Tensor, threshold: Tensor) -> list[Tenso
         outer = (neighbour < 0) | (neighbour >= count)
         wrapped = neighbour % count
         here, there = height[row, cell], height[row, wrapped]
-        share = (here / (here - there).clamp_min(1e-12)).clamp(0, 1)
+        fraction = (here / (here - there).clamp_min(1e-12)).clamp(0, 1)
         position = unit[row, wrapped] + torch.where(outer, float(step), 0.0)  # beyond the cut of a circle
         edge = torch.full_like(position, 0.0 if step < 0 else 1.0)
         position = position if circle else torch.where(outer, edge, position)
-        share = share if circle else torch.where(outer, torch.ones_like(share), share)
-        return torch.lerp(unit[row, cell], position, share)
+        fraction = fraction if circle else torch.where(outer, torch.ones_like(fraction), fraction)
+        return torch.lerp(unit[row, cell], position, fraction)
 
     lower, upper = crossing(starts, -1), crossing(stops, 1)
     counts = starts.sum(1)

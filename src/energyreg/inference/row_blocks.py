@@ -13,9 +13,11 @@ from torch import Tensor
 
 from energyreg.densities.spaces import Circle, Product, TargetSpace
 from energyreg.inference.cells import Cells
+from energyreg.inference.energy import ReferencedEnergy
 from energyreg.inference.integrators import AdaptiveQuadrature
 from energyreg.inference.nodes import Nodes
 from energyreg.inference.peaks import displacement
+from energyreg.inference.points import WeightedPoints
 
 __all__ = ["KEEP_SHARE", "NodeCache", "RowBlock", "Rows", "refine_cells"]
 
@@ -41,21 +43,33 @@ class RowBlock:
     """
 
     rows: slice
-    f: Any
-    integrate: Callable[[], Any]
+    f: ReferencedEnergy
+    integrate: Callable[[], Nodes]
     space: TargetSpace
     dtype: torch.dtype
     memory_budget: int
 
     @cached_property
-    def nodes(self) -> Any:
-        """The :class:`~energyreg.inference.nodes.Nodes`."""
+    def nodes(self) -> Nodes:
+        """The points and weights that stand for the density."""
         return self.integrate()
 
     @property
     def is_line(self) -> bool:
         """Whether the nodes are the cells of a line, with a cdf in closed form."""
         return isinstance(self.nodes, Cells)
+
+    @property
+    def cells(self) -> Cells:
+        """The nodes of a line."""
+        assert isinstance(self.nodes, Cells)
+        return self.nodes
+
+    @property
+    def points(self) -> WeightedPoints:
+        """The nodes where they are no line."""
+        assert isinstance(self.nodes, WeightedPoints)
+        return self.nodes
 
     @property
     def dim(self) -> int:
@@ -119,12 +133,12 @@ class RowBlock:
         z = self.space.to_model(low)[..., 0].to(self.dtype)
         return self.nodes.cdf(z.expand(1, self.f.batch_size))
 
-    def _user_points(self) -> Any:
+    def _user_points(self) -> WeightedPoints:
         """The points in user units, whose order there begins at the user's cut of a circle.
 
         A cdf of points is 1 from the last point on, so that no cut can be subtracted from it as from that of cells.
         """
-        return replace(self.nodes, y=self.space.to_user(self.nodes.y))
+        return replace(self.points, y=self.space.to_user(self.points.y))
 
     def cdf(self, y: Tensor) -> Tensor:
         """Cumulative probabilities of user values, (S, B) to (S, B)."""
@@ -208,7 +222,7 @@ class NodeCache:
 
     def __init__(self, memory_budget: int) -> None:
         self.limit = KEEP_SHARE * memory_budget
-        self.kept: dict[tuple[int, int], Any] = {}
+        self.kept: dict[tuple[int, int], Cells | WeightedPoints] = {}
         self.size = 0
 
     def get(self, rows: slice) -> Nodes | None:
@@ -228,8 +242,8 @@ class NodeCache:
 
 def refine_cells(
     integrator: AdaptiveQuadrature,
-    energy: Callable[[Tensor], Any],
-    f: Any,
+    energy: Callable[[Tensor], ReferencedEnergy],
+    f: ReferencedEnergy,
     first: int,
     memory_budget: int,
 ) -> Cells:

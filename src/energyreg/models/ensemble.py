@@ -447,6 +447,7 @@ class EnsembleDistribution(PredictiveDistribution):
 
         def entropies(block: RowBlock) -> Tensor:
             jacobian = block.jacobian(block.nodes.y)
+            assert isinstance(block.f, EnsembleEnergy)
             log_p = block.f.member_log_densities(block.nodes.y.to(self.dtype))
             weights = self._log_weights.to(log_p).reshape(-1, *[1] * (log_p.ndim - 1))
             log_mean = (log_p + weights).logsumexp(0)

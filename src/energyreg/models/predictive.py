@@ -413,7 +413,7 @@ class PredictiveDistribution(Distribution):
             level = uniforms[:, block.rows]
             if grid is None or offsets is None:
                 return self.space.to_user(block.nodes.draw(level))
-            index = block.nodes.indices_at(level)
+            index = block.points.indices_at(level)
             return self.space.to_user(grid.within_cells(block.f, index, offsets[:, block.rows], self.dtype))
 
         return self.gather(draw, 1).to(self.dtype).reshape(*shape, self.num_rows, self.dim)
