@@ -130,7 +130,7 @@ def test_embedding_features() -> None:
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("name", ["context_dim", "dim", "width", "num_frequencies"])
 def test_sizes_below_one_are_refused(kind: type, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=f"{name} is 0; expected a whole number of at least 1"):
         kind(**({"context_dim": 2} | {name: 0}))
 
 

@@ -242,7 +242,7 @@ def test_the_vector_of_other_learns_in_training():
     ("arguments", "message"),
     [
         ({"num_numeric": -1, "cardinalities": [2]}, "num_numeric is -1"),
-        ({"num_numeric": 0, "cardinalities": []}, "columns is 0; expected at least 1"),
+        ({"num_numeric": 0, "cardinalities": []}, "columns is 0; expected a whole number of at least 1"),
         ({"num_numeric": 1, "cardinalities": [2, 0]}, r"cardinalities\[1\] is 0"),
         ({"num_numeric": 1, "cardinalities": [2], "other_rate": 1.0}, "other_rate is 1.0"),
     ],

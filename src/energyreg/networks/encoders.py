@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from energyreg.checks import check_count
+
 __all__ = [
     "MixedTableEncoder", "QuantileNormalizer", "RobustNormalizer", "TableEncoder", "TwinEncoder", "VectorEncoder",
 ]  # fmt: skip
@@ -69,10 +71,8 @@ class QuantileNormalizer(nn.Module):
 
     def __init__(self, num_features: int, num_quantiles: int = 257) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features is {num_features}; expected at least 1.")
-        if num_quantiles < 2:
-            raise ValueError(f"num_quantiles is {num_quantiles}; expected at least 2.")
+        check_count("num_features", num_features)
+        check_count("num_quantiles", num_quantiles, 2)
         self.num_features, self.num_quantiles = num_features, num_quantiles
         self.register_buffer("knots", torch.linspace(-3, 3, num_quantiles).expand(num_features, -1).clone())
         self.register_buffer("fitted", torch.tensor(False))
@@ -141,7 +141,39 @@ class Dropout(nn.Module):
         return x * (bits >= self.threshold) * (256 / (256 - self.threshold.to(x.dtype)))
 
 
-class TableEncoder(nn.Module):
+class _TableModule(nn.Module):
+    """What the encoders of tables have in common: a normaliser of their first columns, and hidden layers."""
+
+    num_features: int
+    normalizer: QuantileNormalizer | RobustNormalizer
+
+    def _set_sizes(self, num_features: int, context_dim: int, depth: int, dropout: float) -> None:
+        check_count("num_features", num_features)
+        check_count("context_dim", context_dim)
+        check_count("depth", depth)
+        _check_probability("dropout", dropout)
+        self.num_features, self.context_dim, self.depth, self.dropout = num_features, context_dim, depth, dropout
+
+    @property
+    def fitted(self) -> Tensor:
+        """Whether the normaliser has seen the training features."""
+        return self.normalizer.fitted
+
+    def fit(self, x: Tensor) -> None:
+        """Fit the normaliser, x of shape (N, F)."""
+        self.normalizer.fit(x)
+
+    def _check_columns(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
+
+
+def _check_probability(name: str, probability: float) -> None:
+    if not 0 <= probability < 1:
+        raise ValueError(f"{name} is {probability}; expected a probability in [0, 1).")
+
+
+class TableEncoder(_TableModule):
     """Encoder for tables of numbers: quantile-normalised features, periodic embeddings, an MLP with dropout.
 
     Args:
@@ -173,24 +205,12 @@ class TableEncoder(nn.Module):
         frequency_scale: float = 0.5,
     ) -> None:
         super().__init__()
-        _check_sizes(num_features=(num_features, 1), context_dim=(context_dim, 1), depth=(depth, 1))
-        _check_sizes(num_frequencies=(num_frequencies, 0))
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1).")
-        self.num_features, self.context_dim, self.depth, self.dropout = num_features, context_dim, depth, dropout
+        self._set_sizes(num_features, context_dim, depth, dropout)
+        check_count("num_frequencies", num_frequencies, 0)
         self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
         self.normalizer = QuantileNormalizer(num_features)
         self.frequencies = nn.Parameter(2 * math.pi * frequency_scale * torch.randn(num_features, num_frequencies))
         self.layers = _hidden_layers(num_features * (2 * num_frequencies + 1), context_dim, depth, dropout)
-
-    @property
-    def fitted(self) -> Tensor:
-        """Whether the normaliser has seen the training features."""
-        return self.normalizer.fitted
-
-    def fit(self, x: Tensor) -> None:
-        """Fit the feature normaliser, x of shape (N, F)."""
-        self.normalizer.fit(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (B, F) to contexts (B, C).
@@ -198,13 +218,12 @@ class TableEncoder(nn.Module):
         Raises:
             ValueError: If x has another number of columns.
         """
-        if x.ndim != 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
+        self._check_columns(x)
         scores = self.normalizer(x)
         return self.layers(torch.cat(_with_periodic_features(scores, self.frequencies), 1))
 
 
-class MixedTableEncoder(nn.Module):
+class MixedTableEncoder(_TableModule):
     """Encoder for tables of numbers and categories: as `TableEncoder`, with a learned vector for each category.
 
     The last columns of x hold the categories as whole numbers from 0 on. Code 0 stands for all categories that are too
@@ -220,7 +239,7 @@ class MixedTableEncoder(nn.Module):
         num_frequencies: Periodic features per column of numbers; 0 for none.
         frequency_scale: Standard deviation of their initial frequencies, in periods per standard deviation of the
             feature.
-        other_rate: Share of the codes that are 0 in training.
+        other_rate: Fraction of the codes that are 0 in training.
 
     Raises:
         ValueError: If an argument is out of its range, or there is no column at all.
@@ -250,14 +269,14 @@ class MixedTableEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.cardinalities = [int(cardinality) for cardinality in cardinalities]
-        _check_sizes(num_numeric=(num_numeric, 0), context_dim=(context_dim, 1), depth=(depth, 1))
-        _check_sizes(num_frequencies=(num_frequencies, 0), columns=(num_numeric + len(self.cardinalities), 1))
-        _check_sizes(**{f"cardinalities[{i}]": (number, 1) for i, number in enumerate(self.cardinalities)})
-        for name, share in (("dropout", dropout), ("other_rate", other_rate)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} is {share}; expected a probability in [0, 1).")
-        self.num_numeric, self.num_features = num_numeric, num_numeric + len(self.cardinalities)
-        self.context_dim, self.depth, self.dropout, self.other_rate = context_dim, depth, dropout, other_rate
+        check_count("num_numeric", num_numeric, 0)
+        check_count("columns", num_numeric + len(self.cardinalities))
+        for place, number in enumerate(self.cardinalities):
+            check_count(f"cardinalities[{place}]", number)
+        self._set_sizes(num_numeric + len(self.cardinalities), context_dim, depth, dropout)
+        check_count("num_frequencies", num_frequencies, 0)
+        _check_probability("other_rate", other_rate)
+        self.num_numeric, self.other_rate = num_numeric, other_rate
         self.num_frequencies, self.frequency_scale = num_frequencies, frequency_scale
         width = 0
         if num_numeric:
@@ -289,8 +308,7 @@ class MixedTableEncoder(nn.Module):
         Raises:
             ValueError: If x has another number of columns.
         """
-        if x.ndim != 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
+        self._check_columns(x)
         parts = []
         if self.num_numeric:
             parts += _with_periodic_features(self.normalizer(x[:, : self.num_numeric]), self.frequencies)
@@ -317,12 +335,6 @@ def _hidden_layers(
         layers += [nn.Linear(width, context_dim), activation(), Dropout(dropout)]
         width = context_dim
     return nn.Sequential(*layers)
-
-
-def _check_sizes(**sizes: tuple[int, int]) -> None:
-    for name, (number, smallest) in sizes.items():
-        if number < smallest:
-            raise ValueError(f"{name} is {number}; expected at least {smallest}.")
 
 
 class RobustNormalizer(nn.Module):
@@ -352,7 +364,7 @@ class RobustNormalizer(nn.Module):
 
     def __init__(self, num_features: int, limit: float = 4.0) -> None:
         super().__init__()
-        _check_sizes(num_features=(num_features, 1))
+        check_count("num_features", num_features)
         if not limit > 0:
             raise ValueError(f"limit is {limit}; expected a number above 0.")
         self.num_features, self.limit = num_features, limit
@@ -380,7 +392,7 @@ class RobustNormalizer(nn.Module):
         return ((x - self.center) / self.scale).clamp(-self.limit, self.limit)
 
 
-class VectorEncoder(nn.Module):
+class VectorEncoder(_TableModule):
     """Encoder for features of another network: robustly standardised and clipped, then an MLP with dropout.
 
     For features that are many and smooth already, such as those of an `ImageEncoder`; for the columns of a table use
@@ -404,21 +416,9 @@ class VectorEncoder(nn.Module):
 
     def __init__(self, num_features: int, context_dim: int = 256, depth: int = 2, dropout: float = 0.2) -> None:
         super().__init__()
-        _check_sizes(num_features=(num_features, 1), context_dim=(context_dim, 1), depth=(depth, 1))
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1).")
-        self.num_features, self.context_dim, self.depth, self.dropout = num_features, context_dim, depth, dropout
+        self._set_sizes(num_features, context_dim, depth, dropout)
         self.normalizer = RobustNormalizer(num_features)
         self.layers = _hidden_layers(num_features, context_dim, depth, dropout, nn.GELU)
-
-    @property
-    def fitted(self) -> Tensor:
-        """Whether the normaliser has seen the training features."""
-        return self.normalizer.fitted
-
-    def fit(self, x: Tensor) -> None:
-        """Fit the normaliser, x of shape (N, F)."""
-        self.normalizer.fit(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (B, F) to contexts (B, C).
@@ -426,16 +426,15 @@ class VectorEncoder(nn.Module):
         Raises:
             ValueError: If x has another number of columns.
         """
-        if x.ndim != 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this encoder takes (B, {self.num_features}).")
+        self._check_columns(x)
         return self.layers(self.normalizer(x))
 
 
 class TwinEncoder(nn.Module):
     """Two encoders of one input: the head sees the context of the first, the proposal that of the second.
 
-    So the two share nothing, as paper IV's mixture and its energy-based teacher: neither the energy nor the proposal
-    shapes the other's features.
+    The two have no parameter in common, as paper IV's mixture and its energy-based teacher: neither the energy nor the
+    proposal shapes the other's features.
 
     Args:
         energy: Maps x to the head's context, shape (B, C).

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from energyreg.checks import check_count
+
 __all__ = ["EdgeHead", "JointHead", "SelfNormalisedHead", "SeparableHead", "TargetEmbedding"]
 
 
@@ -71,8 +73,7 @@ class TargetEmbedding(nn.Module):
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; expected at least 1.")
+        check_count(name, size)
 
 
 class SeparableHead(nn.Module):

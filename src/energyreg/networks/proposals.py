@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional
 
+from energyreg.checks import check_count
 from energyreg.densities.angles import periodic_flags
 from energyreg.densities.mixtures import GaussianMixture, Wrapped
 
@@ -27,8 +28,7 @@ class MixtureDensityNetwork(nn.Module):
         periodic: Whether each dimension is an angle; none by default.
         width: Width of the hidden layer.
         min_scale: Floor of the standard deviations, in units of the standardised target (radians for an angle). It
-            bounds the
-            density: below it a likelihood could grow without limit on a repeated target.
+            bounds the density: without it a likelihood could grow without limit on a repeated target.
 
     Raises:
         ValueError: If an argument is out of its range, or rank > 0 meets a periodic dimension.
@@ -52,12 +52,10 @@ class MixtureDensityNetwork(nn.Module):
         min_scale: float = 1e-3,
     ) -> None:
         super().__init__()
-        for name, number in {
-            "context_dim": context_dim, "dim": dim, "num_components": num_components, "width": width,
-            "rank + 1": rank + 1,
-        }.items():  # fmt: skip
-            if number < 1:
-                raise ValueError(f"{name} is {number}; expected at least 1.")
+        sizes = {"context_dim": context_dim, "dim": dim, "num_components": num_components, "width": width}
+        for name, size in sizes.items():
+            check_count(name, size)
+        check_count("rank", rank, 0)
         if not min_scale > 0:
             raise ValueError(f"min_scale is {min_scale}; expected a number > 0, in units of the standardised target.")
         self.context_dim, self.dim, self.num_components, self.rank = context_dim, dim, num_components, rank
@@ -116,15 +114,13 @@ class DistributionProposal(nn.Module):
         if not isinstance(q, Distribution):
             raise TypeError(
                 f"The proposal's module returned a {type(q).__name__}; expected a torch.distributions.Distribution "
-                f"with batch "
-                f"shape ({len(context)},) and event shape ({self.dim},)."
+                f"with batch shape ({len(context)},) and event shape ({self.dim},)."
             )
         if self.dim == 1 and q.event_shape == () and q.batch_shape == (context.shape[0], 1):
             q = torch.distributions.Independent(q, 1)
         if q.event_shape != (self.dim,) or q.batch_shape != (context.shape[0],):
             raise ValueError(
                 f"The proposal's module returned batch shape {tuple(q.batch_shape)} and event shape "
-                f"{tuple(q.event_shape)}; "
-                f"expected ({len(context)},) and ({self.dim},)."
+                f"{tuple(q.event_shape)}; expected ({len(context)},) and ({self.dim},)."
             )
         return Wrapped(q, self.periodic) if any(self.periodic) else q

@@ -338,7 +338,7 @@ def test_the_head_starts_from_the_second_stage_and_nearly_flat() -> None:
     assert torch.equal(model.head.fc7.bias, detector.roi_heads.box_head.fc7.bias)
     assert model.head.fc6.weight.data_ptr() != detector.roi_heads.box_head.fc6.weight.data_ptr()
     assert model.head.output.weight.abs().max() < 0.01 and (model.head.output.bias == 0).all()
-    assert add_energy_head(detector, width=8).head.fc6.out_features == 8  # other sizes start anew
+    assert add_energy_head(detector, width=8).head.fc6.out_features == 8  # other sizes start at random
 
 
 def test_class_specific_energies_are_the_outputs_of_their_classes() -> None:

@@ -81,7 +81,7 @@ class BoxEnergy:
         image: Index of each box's image, shape (B,).
         labels: Class of each box, shape (B,).
         ratio: Pixels of the resized image per pixel of the given one, along x, y, x, y, shape (B, 4).
-        detector_loss: The detector's own loss of the batch, where it is trained along.
+        detector_loss: The detector's own loss of the batch, where it is fine-tuned jointly.
         pool_bytes: Pooled features that are held at once. Beyond it a training computes them a second time.
     """
 

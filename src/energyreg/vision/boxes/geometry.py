@@ -78,11 +78,11 @@ def variance_voting(boxes: Tensor, stddevs: Tensor, labels: Tensor, width: float
             [ 0.9000,  0.0000, 10.0000, 10.0000]])
     """
     iou = paired_iou(boxes[:, None], boxes[None])
-    heard = (iou > 0) & (labels[:, None] == labels[None])
-    share = torch.where(heard, (-(1 - iou).square() / width).exp(), 0.0)
-    share.fill_diagonal_(1.0)  # also where a box without area does not even overlap itself
+    neighbours = (iou > 0) & (labels[:, None] == labels[None])
+    closeness = torch.where(neighbours, (-(1 - iou).square() / width).exp(), 0.0)
+    closeness.fill_diagonal_(1.0)  # also where a box without area does not even overlap itself
     precision = torch.where(stddevs.isfinite(), stddevs.clamp_min(SMALLEST_STDDEV) ** -2, 0.0)
-    weights = share[..., None] * precision
+    weights = closeness[..., None] * precision
     # Written as a shift, so that a box by itself stays what it is, bit for bit.
     voted = boxes + (weights * (boxes[None] - boxes[:, None])).sum(1) / weights.sum(1)
     # Each border has weights of its own, so that in principle they may cross; NaN compares as False.

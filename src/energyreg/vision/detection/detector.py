@@ -29,14 +29,7 @@ from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
 from energyreg.vision.boxes.geometry import check_boxes, torchvision
 from energyreg.vision.boxes.postprocessing import Inference, postprocess, select
 from energyreg.vision.boxes.spaces import BoxSpace
-from energyreg.vision.detection.adapter import (
-    check_detector,
-    classes_of,
-    copy_hidden_layers,
-    probe,
-    pyramid_of,
-    watch,
-)  # fmt: skip
+from energyreg.vision.detection import adapter
 from energyreg.vision.pooling.roi_pool import Pyramid
 
 __all__ = ["EnergyDetector", "WithDetectorLoss", "add_energy_head"]
@@ -47,7 +40,7 @@ NUM_SAMPLES = 128
 
 @dataclass(frozen=True)
 class WithDetectorLoss:
-    """An objective for f together with the detector's own loss, for a detector that is trained along.
+    """An objective for f together with the detector's own loss, for a detector that is fine-tuned jointly.
 
     Args:
         objective: Any objective of `energyreg.objectives`.
@@ -66,7 +59,7 @@ class WithDetectorLoss:
             raise ValueError(f"weight is {self.weight!r}; expected a finite number > 0.")
 
     def __call__(self, f: BoxEnergy, q: None, y: Tensor, *, generator: torch.Generator | None = None) -> Loss:
-        """Return the loss for boxes y in model space, shape (B, 4), each with an equal share in the detector's.
+        """Return the loss for boxes y in model space, shape (B, 4), with the detector's own spread evenly over them.
 
         Raises:
             ValueError: If the detector is frozen.
@@ -74,7 +67,7 @@ class WithDetectorLoss:
         if f.detector_loss is None:
             raise ValueError(
                 "WithDetectorLoss has no detector's loss to add: the detector is frozen. Use add_energy_head(..., "
-                "freeze=False) to train it along, or the objective by itself."
+                "freeze=False) to fine-tune it jointly, or the objective by itself."
             )
         loss, diagnostics = as_loss(self.objective(f, q, y, generator=generator), self.objective)
         own = f.detector_loss.to(loss.dtype)
@@ -168,7 +161,7 @@ class EnergyDetector(nn.Module):
         return x
 
     def check_targets(self, y: Tensor) -> Tensor:
-        """Refuse boxes that cannot be meant; see :func:`~energyreg.vision.boxes.check_boxes`."""
+        """Refuse invalid boxes; see :func:`~energyreg.vision.boxes.check_boxes`."""
         check_boxes(y)
         return y
 
@@ -193,7 +186,7 @@ class EnergyDetector(nn.Module):
                 resized, _ = self.detector.transform([image.to(self.dtype) for image in x.images])
                 maps = self.detector.backbone(resized.tensors)
         else:
-            with watch(self.detector) as seen:
+            with adapter.watch(self.detector) as seen:
                 losses = self.detector([image.to(self.dtype) for image in x.images], x.targets(y))
             loss = torch.stack([value.float() for value in losses.values()]).sum()
             resized, maps = seen["transform"][0], seen["backbone"]
@@ -210,7 +203,7 @@ class EnergyDetector(nn.Module):
         labels: Tensor,
         detector_loss: Tensor | None = None,
     ) -> BoxEnergy:
-        levels, scales = pyramid_of(maps, self.names, resized.tensors.shape[-2:])
+        levels, scales = adapter.pyramid_of(maps, self.names, resized.tensors.shape[-2:])
         ratio = boxes.new_tensor(
             [
                 (after[1] / before.shape[-1], after[0] / before.shape[-2]) * 2
@@ -289,7 +282,7 @@ class EnergyDetector(nn.Module):
             raise ValueError("The model is in training mode, where a detector detects nothing; call model.eval().")
         inference = self.inference if inference is None else inference
         images = [check_image(image, str(place)) for place, image in enumerate(images)]
-        with watch(self.detector) as seen:
+        with adapter.watch(self.detector) as seen:
             detections = self.detector(images)
         counts = [len(detection["boxes"]) for detection in detections]
         if not inference.num_steps and not inference.num_samples and inference.nms is None:
@@ -348,8 +341,8 @@ def add_energy_head(
         num_classes: Classes that the detector knows, the background among them; read from the detector by default.
         pool_size: Bins along either side of a box.
         width: Width of the head's hidden layers.
-        freeze: Whether the detector stays as it is: no gradient, and always in evaluation mode. Otherwise it is trained
-            along, by its own loss and through the features: see :class:`WithDetectorLoss`.
+        freeze: Whether the detector stays as it is: no gradient, and always in evaluation mode. Otherwise it is
+            fine-tuned jointly, by its own loss and through the features: see :class:`WithDetectorLoss`.
         inference: What is done with detected boxes; by default ten steps of ascent.
         objective: What :func:`energyreg.fit` minimises by default; NCE+ with M = 128 samples and β = 0.1 by default.
 
@@ -359,23 +352,23 @@ def add_energy_head(
     Raises:
         TypeError: detector is no such module.
         ValueError: Its feature maps are no pyramid, the number of classes is another or not to be found out, or it is
-            to be trained along and none of its parameters requires a gradient.
+            to be fine-tuned and none of its parameters requires a gradient.
         ImportError: torchvision is not installed.
 
     Source:
         Gustafsson et al., ECCV 2020 and BMVC 2020.
     """
-    check_detector(detector)
+    adapter.check_detector(detector)
     torchvision()
     if not freeze and not any(parameter.requires_grad for parameter in detector.parameters()):
         raise ValueError(
             "freeze is False, but no parameter of the detector requires a gradient, as after an earlier "
             "add_energy_head(detector). Call detector.requires_grad_(True) first, or for its trainable parts."
         )
-    classes, first_label = classes_of(detector, num_classes)
-    names, channels, _ = probe(detector)
+    classes, first_label = adapter.classes_of(detector, num_classes)
+    names, channels, _ = adapter.probe(detector)
     head = BoxEnergyHead(channels, classes if class_specific else 1, pool_size=pool_size, width=width)
-    copy_hidden_layers(detector, head)
+    adapter.copy_hidden_layers(detector, head)
     backbone: Any = detector.backbone
     parameter = next(backbone.parameters())
     head.to(parameter.device, parameter.dtype)

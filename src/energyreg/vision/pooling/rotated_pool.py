@@ -87,13 +87,13 @@ def rotated_roi_pool(
     scale, *place = pyramid.places(level, image, dtype)
     if table.dtype in (torch.half, torch.bfloat16):
         table = table.float()
-    share, along = _gauss(points, dtype, device)
+    gauss, along = _gauss(points, dtype, device)
     step = max(BLOCK // (4 * points**2 * bins[0] * bins[1]), 1)
     parts = []
     for rows in torch.arange(count, device=device).split(step):
         x, y = _points(numbers[rows], scale[rows], bins, along)
         weights, nodes = _surface(x, y, *(each[rows] for each in place))
-        weights = weights * (share[:, None] * share)[..., None] * area[rows, None, None, None, None, None]
+        weights = weights * (gauss[:, None] * gauss)[..., None] * area[rows, None, None, None, None, None]
         flat = (len(rows) * bins[0] * bins[1], 4 * points**2)
         with torch.autocast(device.type, enabled=False):
             part = Bag.apply(table, weights.to(table.dtype).reshape(flat), nodes.reshape(flat))
