@@ -11,6 +11,8 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 import energyreg as er
+from energyreg import files
+from energyreg.estimators import image as image_estimator
 from energyreg.images.reading import ImageFileError
 
 Image = pytest.importorskip("PIL.Image")
@@ -194,6 +196,23 @@ def test_the_same_seed_gives_the_same_model_and_a_clone_has_the_same_parameters(
     assert np.array_equal(again.fit(*data).predict(data[0]), fitted.predict(data[0]))
     with pytest.raises(NotFittedError):
         clone(fitted).predict(data[0])
+
+
+def test_what_counts_is_what_was_fitted(
+    data: tuple[list[str], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, y = data
+    regressor = er.ImageRegressor(**{**FEW, "epochs": 1}, backbone=Colours(), resize="crop").fit(paths, y)
+    before = regressor.predict(paths)
+    content = files.read_tensors(regressor.save(tmp_path / "model"), files.ESTIMATOR)[1]
+    regressor.set_params(image_size=8, resize="squash", backbone="timm:test_resnet", weights=None, image_batch_size=7)
+    regressor._recent = None  # features of the last call
+    np.testing.assert_allclose(regressor.predict(paths), before, rtol=1e-6)
+    assert files.read_tensors(regressor.save(tmp_path / "again"), files.ESTIMATOR)[1] == content
+    monkeypatch.setattr(image_estimator, "fit_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        regressor.fit(paths, y)
+    np.testing.assert_allclose(regressor.predict(paths), before, rtol=1e-6)
 
 
 def test_broken_images_are_left_out_of_fit_and_named_in_predictions(tmp_path: Path) -> None:

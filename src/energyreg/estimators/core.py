@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ except ImportError as error:
         "EnergyRegressor needs scikit-learn, which is not installed. Install it with: pip install 'energyreg[tables]'"
     ) from error
 
-__all__ = ["DensityRegressor", "draw_seed", "fit_rows"]
+__all__ = ["DensityRegressor", "draw_seed", "fit_rows", "undone_on_failure"]
 
 ENCODED_IN_MEMORY = 2**28
 """Bytes up to which the encoded rows of a table that is not in memory are kept there."""
@@ -48,8 +49,33 @@ BIN_NODES = 16
 """Points of the rule that integrates the density over the bin of a rounded value."""
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def undone_on_failure(fit: Callable[P, T]) -> Callable[P, T]:
+    """A function that fits its first argument, or leaves it as it was where an error ends the fit."""
+
+    @functools.wraps(fit)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> T:
+        attributes = vars(args[0])
+        before = dict(attributes)
+        try:
+            return fit(*args, **kwargs)
+        except BaseException:
+            attributes.clear()
+            attributes.update(before)
+            raise
+
+    return whole
+
+
 class DensityRegressor(RegressorMixin, BaseEstimator):
     """Predictions of a fitted estimator, whatever it makes its inputs of: :meth:`encode` says that.
+
+    What counts is what was fitted: a parameter that is set afterwards changes neither predictions nor what
+    :meth:`save` writes, until the next `fit`. Those that say how the work is done (`n_jobs`, `device`, `verbose`, and
+    where images are) hold at once. A `fit` that fails leaves the estimator as it was.
 
     Long: the methods of scikit-learn's API, most of whose lines say what they take and return.
     """
@@ -60,6 +86,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
     calibration_: Calibration
     lattice_step_: float | None
     histories_: list[History]
+    fitted_parameters_: dict[str, Any]
     n_features_in_: int
     n_outputs_: int
     n_iter_: int
@@ -206,9 +233,11 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
             ValueError: If n_samples is no whole number of at least 1, or X does not fit.
         """
         from sklearn.utils import check_random_state
+        from sklearn.utils.validation import check_is_fitted
 
         check_whole("n_samples", n_samples)
-        state = check_random_state(self.random_state if random_state is None else random_state)
+        check_is_fitted(self)
+        state = check_random_state(self.fitted_parameters_["random_state"] if random_state is None else random_state)
         generator = torch.Generator().manual_seed(int(state.randint(2**31 - 1)))
         draws = self._by_blocks(X, lambda p: p.sample((int(n_samples),), generator=generator).transpose(0, 1))
         return self.target_.round(draws[..., 0] if self.n_outputs_ == 1 else draws)
@@ -312,7 +341,8 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         if len(impossible) and self.target_.counts:
             raise ValueError(f"values holds {impossible[0]:.9g}, which is no count; expected whole numbers ≥ 0.")
         if len(impossible):
-            raise ValueError(f"values holds {impossible[0]:.9g}, outside the targets' space {self.target!r}.")
+            space = self.fitted_parameters_["target"]
+            raise ValueError(f"values holds {impossible[0]:.9g}, outside the targets' space {space!r}.")
         low, high = self.target_.bins(values, self.lattice_step_)
         with threads(self.n_jobs):
             p = self._distribution(x)
@@ -373,15 +403,18 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         """
         return cls.from_state(*checkpoint.load_estimator(path))
 
+    def parameters(self) -> dict[str, Any]:
+        """The parameters as they are now; lists are copied."""
+        values = self.get_params(deep=False)
+        return {name: copy.deepcopy(value) if isinstance(value, list) else value for name, value in values.items()}
+
     def state(self) -> dict[str, Any]:
         """What a file holds besides the model."""
-        parameters = self.get_params(deep=False)
-        if not isinstance(self.random_state, (int, type(None))):
-            parameters["random_state"] = (
-                None if not isinstance(self.random_state, np.integer) else int(self.random_state)
-            )
+        parameters = {name: _plain(value) for name, value in self.fitted_parameters_.items()}
+        if not isinstance(parameters["random_state"], int):  # a generator cannot be stored
+            parameters["random_state"] = None
         return {
-            "parameters": {name: _plain(value) for name, value in parameters.items()},
+            "parameters": parameters,
             "preprocessor": self.preprocessor_.state(),
             "feature_names": self.feature_names_in_.tolist() if hasattr(self, "feature_names_in_") else None,
             "n_features": self.n_features_in_,
@@ -403,6 +436,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
     def from_state(cls, model: Any, state: dict[str, Any]) -> Self:
         """The estimator of a model, and of the rest of what a file holds."""
         self = cls(**state["parameters"])
+        self.fitted_parameters_ = self.parameters()
         self.model_ = model
         self.preprocessor_ = TablePreprocessor.from_state(state["preprocessor"])
         if state["feature_names"] is not None:
@@ -427,6 +461,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         return self
 
 
+@undone_on_failure
 def fit_rows(
     estimator: DensityRegressor,
     settings: Settings,
@@ -447,7 +482,7 @@ def fit_rows(
         started: When the time budget began, by :func:`time.perf_counter`.
         replace_encoder: Makes a member's encoder of the one for tables.
     """
-    estimator.n_samples_fit_ = source.rows
+    estimator.n_samples_fit_, estimator.fitted_parameters_ = source.rows, estimator.parameters()
     _set_features(estimator, source.given, source.names, source.width)
     estimator.target_, estimator.n_outputs_, estimator.lattice_step_ = rows.target, rows.space.dim, rows.step
     preprocessor = estimator.preprocessor_ = TablePreprocessor(settings.max_levels, settings.min_count)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from energyreg.estimators.columns import encode_table
-from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows
+from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows, undone_on_failure
 from energyreg.estimators.learning import Rows, check_weights, prepare
 from energyreg.estimators.settings import Settings, check_whole, find_device, threads
 from energyreg.estimators.table import EnergyRegressor
@@ -167,6 +167,7 @@ class ImageRegressor(DensityRegressor):
 
     # Fit -------------------------------------------------------------------------------------------------------------
 
+    @undone_on_failure
     def fit(self, X: Any, y: Any, sample_weight: Any = None, eval_set: Any = None) -> ImageRegressor:
         """Learn p(y|x) from images.
 
@@ -188,7 +189,7 @@ class ImageRegressor(DensityRegressor):
             TrainingError: If the training diverges.
         """
         settings = self._settings()
-        files = self._files(X, "X", self.duplicates, self.on_error)
+        files = self._files(X, "X", self.get_params(deep=False), self.duplicates, self.on_error)
         targets = read_targets(y, "y", len(files), "X")
         weights = check_weights(sample_weight, len(files))
         files_held, held = (None, None) if eval_set is None else self._evaluation_files(eval_set)
@@ -275,7 +276,9 @@ class ImageRegressor(DensityRegressor):
         own = isinstance(backbone, nn.Module) and self.weights == "package"  # the default, which names no such module
         return ImageEncoder(backbone, None if own else self.weights, trainable, self.image_size)
 
-    def _files(self, X: Any, name: str, duplicates: str = "allow", on_error: str = "raise") -> ImageFiles:
+    def _files(
+        self, X: Any, name: str, parameters: dict[str, Any], duplicates: str = "allow", on_error: str = "raise"
+    ) -> ImageFiles:
         """Files of a list, an array, a folder, or a column of a frame."""
         columns = column_names(X)
         if columns is not None:
@@ -290,14 +293,15 @@ class ImageRegressor(DensityRegressor):
         if X is None:
             raise ValueError(f"{name} is None; expected files: a list of paths, a folder, or a frame.")
         return ImageFiles(
-            X, size=self.image_size, resize=self.resize, on_error=on_error, duplicates=duplicates, folder=self.folder
-        )
+            X, size=parameters["image_size"], resize=parameters["resize"], on_error=on_error, duplicates=duplicates,
+            folder=self.folder,
+        )  # fmt: skip
 
     def _evaluation_files(self, eval_set: Any) -> tuple[ImageFiles, np.ndarray]:
         pair = eval_set[0] if isinstance(eval_set, (tuple, list)) and len(eval_set) == 1 else eval_set
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"eval_set is a {type(eval_set).__name__}; expected a pair (files, y).")
-        files = self._files(pair[0], "eval_set", self.duplicates)
+        files = self._files(pair[0], "eval_set", self.get_params(deep=False), self.duplicates)
         return files, read_targets(pair[1], "y of eval_set", len(files), "eval_set")
 
     def _fine_tune(
@@ -363,7 +367,7 @@ class ImageRegressor(DensityRegressor):
         from sklearn.utils.validation import check_is_fitted
 
         check_is_fitted(self)
-        files = self._files(X, "X")
+        files = self._files(X, "X", self.fitted_parameters_)
         with threads(self.n_jobs):
             features = self._extract(files)
         return encode_table(self, features)
