@@ -11,7 +11,7 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 import energyreg as er
-from energyreg import files
+from energyreg import files as model_files
 from energyreg.estimators import image as image_estimator
 from energyreg.images.reading import ImageFileError
 
@@ -204,11 +204,11 @@ def test_what_counts_is_what_was_fitted(
     paths, y = data
     regressor = er.ImageRegressor(**{**FEW, "epochs": 1}, backbone=Colours(), resize="crop").fit(paths, y)
     before = regressor.predict(paths)
-    content = files.read_tensors(regressor.save(tmp_path / "model"), files.ESTIMATOR)[1]
+    content = model_files.read_tensors(regressor.save(tmp_path / "model"), model_files.ESTIMATOR)[1]
     regressor.set_params(image_size=8, resize="squash", backbone="timm:test_resnet", weights=None, image_batch_size=7)
     regressor._recent = None  # features of the last call
     np.testing.assert_allclose(regressor.predict(paths), before, rtol=1e-6)
-    assert files.read_tensors(regressor.save(tmp_path / "again"), files.ESTIMATOR)[1] == content
+    assert model_files.read_tensors(regressor.save(tmp_path / "again"), model_files.ESTIMATOR)[1] == content
     monkeypatch.setattr(image_estimator, "fit_rows", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         regressor.fit(paths, y)
