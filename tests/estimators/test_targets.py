@@ -73,7 +73,7 @@ def test_a_list_of_one_is_that_one_everywhere(tmp_path):
     for name, target in (("word", "count"), ("list", ["count"])):
         regressor = er.EnergyRegressor(target=target, n_members=1, epochs=2, width=8, random_state=0).fit(x, y)
         scores = evaluate(regressor, [(x, y[:, None])])
-        linear, _ = evaluate_linear(regressor, x, y[:, None])
+        linear = evaluate_linear(regressor, x, y[:, None])
         page = table_report.describe(regressor, x, y[:, None], ["y"], title="counts")
         path = regressor.save(tmp_path / name)
         x.assign(y=y).to_csv(tmp_path / "t.csv", index=False)

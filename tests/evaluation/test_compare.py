@@ -1,5 +1,6 @@
-"""Scores of an estimator are those of its own methods, and no row is predicted from itself."""
+"""Scores of an estimator are those of its own methods, and baselines are those of the training rows."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,30 +10,66 @@ pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
 stats = pytest.importorskip("scipy.stats")
 
-from energyreg.evaluation import LEVELS, evaluate, evaluate_linear  # noqa: E402
+from energyreg.estimators.table import EnergyRegressor  # noqa: E402
+from energyreg.evaluation import LEVELS, LinearForecast, evaluate, evaluate_linear  # noqa: E402
 from tests.fitted import KINDS, fitted, rows, targets  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_row_is_predicted_from_itself(kind):
+def test_the_baseline_learns_nothing_from_the_rows_that_are_scored(kind):
     table, y = rows(60, seed=5)
     y = targets(kind, y).reshape(60, -1)
-    scores, forecasts = evaluate_linear(fitted(kind), table, y, seed=0)
-    assert sorted(np.concatenate([held for held, _ in forecasts])) == list(range(60))
+    scores = evaluate_linear(fitted(kind), table, y, seed=0)
+    assert np.isfinite(scores.nll).all() and scores.crps.shape == y.shape
     changed = y.copy()
     changed[7] = y[8]
-    again, _ = evaluate_linear(fitted(kind), table, changed, seed=0)
-    np.testing.assert_allclose(again.width[7], scores.width[7])  # its own target moved nothing of its forecast
-    assert not np.allclose(again.width, scores.width)
-    assert np.isfinite(scores.nll).all() and scores.crps.shape == y.shape
+    again = evaluate_linear(fitted(kind), table, changed, seed=0)
+    np.testing.assert_array_equal(again.width, scores.width)
+    np.testing.assert_array_equal(np.delete(again.nll, 7), np.delete(scores.nll, 7))
+    few = evaluate_linear(fitted(kind), table[:2], y[:2], seed=0)  # nor does it need many of them
+    np.testing.assert_allclose(few.nll, scores.nll[:2])
+
+
+def test_the_baseline_is_ridge_regression_on_the_training_rows():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 6))
+    y = x @ [3.0, -2.0, 1.0, 0.0, 0.0, 0.5] + rng.normal(size=400)
+    regressor = EnergyRegressor(n_members=1, epochs=1, width=8, validation_fraction=0, random_state=0)
+    regressor.fit(x[:200], y[:200])
+    inside = np.clip(x, x[:200].min(0), x[:200].max(0))  # as the estimator's own inputs are
+    ridge = linear_model.RidgeCV(np.logspace(-6, 4, 41)).fit(x[:200], y[:200])
+    scale = np.sqrt(((y[:200] - ridge.predict(x[:200])) ** 2).sum() / (200 - 7))
+    expected = -stats.norm.logpdf(y[200:], ridge.predict(inside[200:]), scale).mean()
+    assert evaluate_linear(regressor, x[200:], y[200:, None]).nll.mean() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_baseline_is_stored_with_the_model(kind, tmp_path):
+    table, y = rows(20, seed=6)
+    y = targets(kind, y).reshape(20, -1)
+    loaded = EnergyRegressor.load(fitted(kind).save(tmp_path / "m"))
+    scores, again = (evaluate_linear(regressor, table, y) for regressor in (fitted(kind), loaded))
+    np.testing.assert_allclose(again.nll, scores.nll, rtol=1e-6)
+
+
+def test_an_estimator_of_an_older_version_has_no_linear_baseline():
+    state = fitted("real").state()
+    del state["linear_baseline"]
+    old = EnergyRegressor.from_state(copy.deepcopy(fitted("real").model_), state)
+    table, y = rows(20, seed=6)
+    with pytest.raises(ValueError, match="keeps no linear baseline: it was saved by an older version"):
+        evaluate_linear(old, table, y[:, None])
 
 
 def test_linear_forecast_is_calibrated_where_the_truth_is_linear():
+    known, seen = rows(1_000, seed=16)
+    forecast = LinearForecast(fitted("real"), known, seen[:, None])
     table, y = rows(1_000, seed=6)
-    scores, _ = evaluate_linear(fitted("real"), table, y[:, None])
     # The largest distance of 1,000 uniform values from their level stays below 1.63/√1,000 in 99 of 100 samples.
-    assert stats.kstest(scores.pit[:, 0], "uniform").statistic < 1.63 / math.sqrt(1_000)
-    assert scores.inside[:, LEVELS.index(0.9)].mean() == pytest.approx(0.9, abs=3 * math.sqrt(0.09 / 1_000))
+    assert stats.kstest(forecast.pit(table, y[:, None])[:, 0], "uniform").statistic < 1.63 / math.sqrt(1_000)
+    low, high = forecast.quantiles(table, [0.05, 0.95])[..., 0].T
+    assert ((low <= y) & (y <= high)).mean() == pytest.approx(0.9, abs=3 * math.sqrt(0.09 / 1_000))
 
 
 @pytest.mark.parametrize("kind", KINDS)

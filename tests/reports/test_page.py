@@ -1,5 +1,6 @@
 """The page stands alone, is sound HTML, says in words what it shows, and trusts none of the texts that it is given."""
 
+import math
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -229,7 +230,16 @@ def test_small_numbers_read_well(value, text):
         (2026.0, "2026"),
         (9999.7, "10,000"),
         (0.12345, "0.1235"),
-        (1e-7, "1e-07".replace("-", "−")),
+        (1e-7, "1·10⁻⁷"),
+        (-1.23456e-8, "−1.235·10⁻⁸"),
+        (3e17, "3·10¹⁷"),
+        (514_600.0, "514,600"),
+        (-0.0, "0"),
+        (12.0, "12"),
+        (0.00012, "0.00012"),
+        (0.99996, "1"),
+        (math.inf, "∞"),
+        (-math.inf, "−∞"),
     ],
 )
 def test_numbers_have_no_exponent_that_nobody_needs(value, text):

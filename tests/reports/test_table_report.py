@@ -1,5 +1,6 @@
 """The numbers of a report on a table agree with independent ones, and its page says what it shows."""
 
+import copy
 import math
 import re
 from itertools import pairwise
@@ -15,6 +16,7 @@ stats = pytest.importorskip("scipy.stats")
 
 from energyreg import evaluation, plots  # noqa: E402
 from energyreg.densities import spaces  # noqa: E402
+from energyreg.evaluation import LEVELS, RowScores  # noqa: E402
 from energyreg.reports import page as report  # noqa: E402
 from energyreg.reports import row_sections, score_sections, table_report  # noqa: E402
 from energyreg.reports import rows as report_rows  # noqa: E402
@@ -182,14 +184,69 @@ def test_the_verdict_says_how_much_higher_the_density_is(pages):
     assert math.log(factor) == pytest.approx(gain, abs=0.01)
 
 
-def test_few_rows_have_no_linear_baseline(monkeypatch):
+def test_a_model_without_a_linear_baseline_says_so(monkeypatch):
     for name in ("SPREAD", "SURPRISING", "SEVERAL"):
         monkeypatch.setattr(row_sections, name, 1)
+    old = copy.copy(fitted("real"))
+    old.linear_baseline_ = None
     table, y = rows(5, seed=12)
-    page = table_report.describe(fitted("real"), table, y[:, None], ["y"], title="T")
+    page = table_report.describe(old, table, y[:, None], ["y"], title="T")
     assert list(page.sections[1].tables[0].headings) == ["Score", "Model", "Marginal", "Model − marginal"]
-    with pytest.raises(ValueError, match="5 rows; expected at least 8"):
-        evaluation.evaluate_linear(fitted("real"), table, y[:, None])
+    assert any("no linear forecast to compare it with" in text for text in page.summary)
+    assert "Linear" not in page.sections[1].terms
+
+
+def scored(y, *errors, kind="real", width=1.0):
+    """Rows whose forecasts (model, marginal, linear) have Gaussian scores of these errors."""
+    count = len(y)
+
+    def scores(error):
+        shape = (count, len(LEVELS), 1)
+        error = np.broadcast_to(np.asarray(error, float), (count,))
+        return RowScores(
+            error**2 / 2, np.abs(error)[:, None], error[:, None], error[:, None], np.ones(shape),
+            np.broadcast_to(np.reshape(width, (-1, 1, 1)), shape), np.full((count, 1), 0.5),
+        )  # fmt: skip
+
+    model, marginal, linear = map(scores, errors)
+    return ReportRows(
+        fitted(kind), rows(count)[0], y[:, None], [str(i) for i in range(count)], ["y"],
+        evaluation.Evaluation(model, marginal), linear, {}, {}, count, 0,
+    )  # fmt: skip
+
+
+def test_the_first_line_says_which_baseline_wins():
+    y, noise = np.arange(60.0), np.random.default_rng(0).normal(size=60)
+    first = score_sections.summary(scored(y, 2 + 0.1 * noise, 5, 1 + 0.1 * noise))[0]
+    assert "the model predicts worse than a linear Gaussian forecast, fitted to the training rows" in first
+    assert "The linear forecast has a lower CRPS, RMSE, MAE than the model." in first
+    further = score_sections.summary(scored(y, 2 + 0.1 * noise, 5, 1 + 0.1 * noise))[1]
+    assert further.startswith("Also, the model predicts better than a constant forecast")
+    # Against the strongest of them, whichever that is.
+    first = score_sections.summary(scored(y, 1 + 0.1 * noise, 2, 3))[0]
+    assert "predicts better than a constant forecast" in first and "lower" not in first
+    first = score_sections.summary(scored(y, 2 + noise, 5, 2 - noise))[0]
+    assert "is not clearly better or worse than a linear" in first
+
+
+@pytest.mark.parametrize(
+    ("y", "kind", "relative"),
+    [
+        (np.linspace(100, 5_000, 60), "real", True),
+        (-np.linspace(100, 5_000, 60), "real", True),
+        (np.linspace(273, 300, 60), "real", False),  # temperatures: zero is far away
+        (np.linspace(-5, 6, 60), "real", False),
+        (np.linspace(10, 350, 60), "circle", False),
+        (np.arange(60.0), "count", True),
+    ],
+)
+def test_certainty_is_relative_to_values_of_one_sign(y, kind, relative):
+    some = scored(y, 0, 0, 0, kind=kind, width=1 + np.abs(y) ** 0.5)
+    assert some.relative(0) is relative
+    assert ("relative to the predicted median" in some.by_width) is relative
+    order = np.argsort(some.uncertainty)
+    largest = int(np.abs(y).argmax())
+    assert (order[0] == largest) if relative else (order[-1] == largest)
 
 
 # ---------------------------------------------------------------------------------------------- colours

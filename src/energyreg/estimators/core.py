@@ -16,6 +16,7 @@ import torch
 
 from energyreg.estimators.columns import check_features
 from energyreg.estimators.learning import Rows, Validation, learn
+from energyreg.estimators.linear import LinearGaussian
 from energyreg.estimators.members import integrator_of, weights_of
 from energyreg.estimators.settings import Settings, check_whole, find_device, is_number, threads
 from energyreg.estimators.targets import Target
@@ -85,6 +86,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
     preprocessor_: TablePreprocessor
     calibration_: Calibration
     lattice_step_: float | None
+    linear_baseline_: LinearGaussian | None
     histories_: list[History]
     fitted_parameters_: dict[str, Any]
     n_features_in_: int
@@ -429,6 +431,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
                 for name in ("conformal_regions_", "conformal_intervals_")
                 if hasattr(self, name)
             },
+            "linear_baseline": None if self.linear_baseline_ is None else self.linear_baseline_.state(),
             "histories": [history.to_dict() for history in self.histories_],
         }
 
@@ -452,6 +455,9 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         self.histories_ = [History(**history) for history in state["histories"]]
         self.history_ = self.histories_[0]
         self.calibration_ = Calibration(*state["calibration"])
+        line = state.get("linear_baseline")  # none in files of version 0.1
+        features = len(self.preprocessor_.features_)
+        self.linear_baseline_ = None if line is None else LinearGaussian.from_state(line, features, self.n_outputs_)
         for kind, name in ((ConformalRegions, "conformal_regions_"), (ConformalIntervals, "conformal_intervals_")):
             if name in state["conformal"]:
                 setattr(self, name, kind.from_scores(self._distribution, np.asarray(state["conformal"][name])))
@@ -501,6 +507,7 @@ def fit_rows(
             validation = x_held_out, rows.z[rows.held_out], rows.weights[rows.held_out]
         with threads(settings.n_jobs):
             learned = learn(settings, rows, x, validation, preprocessor.cardinalities_, started, replace_encoder)
+        estimator.linear_baseline_ = _linear_baseline(rows, learned.model.space, x, preprocessor.cardinalities_)
     estimator.model_, estimator.calibration_ = learned.model, learned.calibration
     estimator.space_, estimator.member_weights_ = learned.model.space, weights_of(learned.model)
     estimator.histories_, estimator.history_ = learned.histories, learned.histories[0]
@@ -509,6 +516,19 @@ def fit_rows(
     estimator.frequency_scales_ = [trial.frequency_scale for trial in learned.trials]
     estimator.dropouts_ = [trial.dropout for trial in learned.trials]
     estimator.set_conformal(settings.conformal, x_conformal, rows.targets[rows.conformal])
+
+
+def _linear_baseline(rows: Rows, space: Any, x: Any, cardinalities: Sequence[int]) -> LinearGaussian | None:
+    """A line through the training rows, which reports compare the model with; None where they are too few."""
+    y = rows.targets[rows.train]
+    if len(y) < 3:
+        return None
+    if rows.step is not None:  # the middle of a bin, which also at the ends of the space lies inside
+        y = np.add(*rows.target.bins(y, rows.step)) / 2
+    z = space.to_model(torch.as_tensor(y)).double().cpu().numpy()
+    return LinearGaussian.fit(
+        x, z, cardinalities=cardinalities, circles=space.periodic, weights=rows.weights[rows.train]
+    )
 
 
 def _set_features(estimator: Any, given: Sequence[Any] | None, names: Sequence[str] | None, count: int) -> None:

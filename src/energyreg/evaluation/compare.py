@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from energyreg.evaluation.forecasts import LinearForecast, MarginalForecast
 from energyreg.evaluation.scores import (
@@ -122,46 +121,28 @@ def _numbers(values: torch.Tensor) -> Array:
     return values.double().cpu().numpy()
 
 
-def evaluate_linear(
-    regressor: DensityRegressor, table: Any, y: Array, *, folds: int = 5, seed: int = 0
-) -> tuple[RowScores, list[tuple[NDArray[np.int64], LinearForecast]]]:
-    """Scores of :class:`LinearForecast`, each row predicted by one that was fitted to the other folds of the table.
-
-    A model file keeps no training rows, so the rows at hand are split, at random, into folds.
+def evaluate_linear(regressor: DensityRegressor, table: Any, y: Array, *, seed: int = 0) -> RowScores:
+    """Scores of the :class:`LinearForecast` that was fitted to the estimator's training rows.
 
     Args:
         regressor: The estimator, fitted.
         table: pandas frame of B rows.
         y: Their targets, shape (B, D).
-        folds: How many parts, at most B // 2.
-        seed: Seed of the split.
+        seed: Seed of the noise by which rounded targets get a uniform PIT.
 
     Returns:
-        Scores by row, and for each fold its rows and the forecast that predicts them.
+        Scores by row.
 
     Raises:
-        ValueError: If there are fewer than 8 rows.
+        ValueError: If the estimator keeps no linear baseline, as those of version 0.1.
     """
-    if len(y) < 8:
-        raise ValueError(f"table has {len(y)} rows; expected at least 8 to fit a line to some and score the others.")
-    periods = regressor.target_.periods
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(y))
-    within = _within_rounding(regressor, y, rng)
-    parts, forecasts = [], []
-    for held in np.array_split(order, min(folds, len(y) // 2)):
-        kept = np.setdiff1d(order, held)
-        forecast = LinearForecast(regressor, table.iloc[kept], y[kept])
-        forecasts.append((held, forecast))
-        rows = table.iloc[held]
-        quantiles = regressor.target_.round(forecast.quantiles(rows, ALL_LEVELS))
-        parts.append(
-            score_quantiles(
-                y[held], quantiles, nll=-forecast.log_density(rows, y[held]), mean=quantiles[:, :QUANTILES].mean(1),
-                pit=forecast.pit(rows, within[held]), periods=periods,
-            )
-        )  # fmt: skip
-    return RowScores.join(parts).select(np.argsort(order)), forecasts
+    forecast = LinearForecast(regressor)
+    within = _within_rounding(regressor, y, np.random.default_rng(seed))
+    quantiles = regressor.target_.round(forecast.quantiles(table, ALL_LEVELS))
+    return score_quantiles(
+        y, quantiles, nll=-forecast.log_density(table, y), mean=quantiles[:, :QUANTILES].mean(1),
+        pit=forecast.pit(table, within), periods=regressor.target_.periods,
+    )  # fmt: skip
 
 
 def permutation_importance(

@@ -2,7 +2,8 @@
 
 The constant forecast is the marginal distribution of the training targets, the same for every row: what is known
 without any x. A model that does not beat it has learned nothing. The linear forecast is a Gaussian of constant width
-around a linear function of the inputs. A model that does not beat that one has found neither curves nor shapes.
+around a linear function of the inputs. A model that does not beat that one has found neither curves nor shapes. Both
+were learned from the model's training rows, never from those that they are scored on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from energyreg.estimators.linear import LinearGaussian
 from energyreg.evaluation.scores import Array
 from energyreg.models.chain import EnergyChain
 
@@ -25,10 +27,6 @@ __all__ = ["LinearForecast", "MarginalForecast"]
 
 MARGINAL_POINTS = 8_192
 """Equally probable points that stand for the marginal distribution."""
-RIDGE = 1e-3
-"""Penalty of the linear forecast, as a fraction of its inputs' variance: it decides among collinear columns only."""
-DIRECTIONS, ROWS_PER_DIRECTION = 32, 10
-"""So many columns are taken as they are; of more, as many principal directions as there are rows for."""
 
 
 class MarginalForecast:
@@ -87,43 +85,36 @@ class LinearForecast:
 
     Positive targets are linear in their logarithm, bounded ones in their logit. An angle's mean direction is that of
     two linear functions, for its cosine and its sine, and its noise is a Gaussian wrapped around the circle. Several
-    outputs have a joint Gaussian. Categories are one-hot. Of more columns than the rows can tell apart, such as a
-    network's features, the principal directions are taken.
+    outputs have a joint Gaussian. Categories are one-hot. See
+    :class:`~energyreg.estimators.linear.LinearGaussian` for the fit.
 
     Args:
         regressor: The estimator, fitted; its inputs and target space are taken, nothing of its network.
-        table: Rows to fit to, at least 3.
+        table: Rows to fit to, at least 3; by default the estimator's training rows, whose line it keeps.
         y: Their targets, shape (B, D).
+
+    Raises:
+        ValueError: If there is no table, and the estimator keeps no line: it was saved by an older version, or learned
+            from fewer than 3 rows.
     """
 
-    def __init__(self, regressor: DensityRegressor, table: Any, y: Array) -> None:
+    def __init__(self, regressor: DensityRegressor, table: Any = None, y: Array | None = None) -> None:
         self.regressor, self.space, self.periods = regressor, regressor.model_.space, regressor.target_.periods
         self.circles = np.array([period > 0 for period in self.periods])
-        x, z = self._design(table), self._to_model(y)
-        self.centre = x.mean(0)
-        x = x - self.centre
-        most = max(len(x) // ROWS_PER_DIRECTION, DIRECTIONS)
-        self.directions: Array | None = None
-        if x.shape[1] > most:
-            self.directions = np.linalg.eigh(x.T @ x)[1][:, -most:]
-            x = x @ self.directions
-        parts = np.concatenate([np.where(self.circles, np.cos(z), z), np.sin(z[:, self.circles])], 1)
-        self.middle = parts.mean(0)
-        gram = x.T @ x + RIDGE * len(x) * np.eye(x.shape[1])
-        self.weights = np.linalg.solve(gram, x.T @ (parts - self.middle))
-        residual = self._residual(z, self.location(table))
-        # Degrees of freedom as the penalty leaves them, never more than half the rows.
-        used = min(1 + float(np.trace(np.linalg.solve(gram, x.T @ x))), len(x) / 2)
-        self.covariance = residual.T @ residual / (len(x) - used) + 1e-12 * np.eye(z.shape[1])
+        if table is None or y is None:
+            if regressor.linear_baseline_ is None:
+                raise ValueError(
+                    "the estimator keeps no linear baseline: it was saved by an older version, or learned from fewer "
+                    "than 3 rows. Fit it again to compare it with one."
+                )
+            self.linear = regressor.linear_baseline_
+        else:
+            self.linear = LinearGaussian.fit(
+                regressor.encode(table), self._to_model(y),
+                cardinalities=regressor.preprocessor_.cardinalities_, circles=self.circles.tolist(),
+            )  # fmt: skip
+        self.covariance = self.linear.covariance
         self.scale = np.sqrt(np.diag(self.covariance))
-
-    def _design(self, table: Any) -> Array:
-        x = self.regressor.encode(table).astype(np.float64)
-        sizes = self.regressor.preprocessor_.cardinalities_
-        numbers = x.shape[1] - len(sizes)
-        codes = x[:, numbers:].astype(int)
-        columns = [codes[:, [i]] == np.arange(size) for i, size in enumerate(sizes)]
-        return np.concatenate([x[:, :numbers], *columns], 1).astype(np.float64)
 
     def _to_model(self, y: Array) -> Array:
         return self.space.to_model(torch.as_tensor(y)).double().cpu().numpy()
@@ -131,17 +122,9 @@ class LinearForecast:
     def _to_user(self, z: Array) -> Array:
         return self.space.to_user(torch.as_tensor(z)).double().cpu().numpy()
 
-    def _residual(self, z: Array, location: Array) -> Array:
-        difference = z - location
-        return np.where(self.circles, (difference + math.pi) % (2 * math.pi) - math.pi, difference)
-
     def location(self, table: Any) -> Array:
         """The linear function of each row, in the target space, shape (B, D)."""
-        x = self._design(table) - self.centre
-        parts = (x if self.directions is None else x @ self.directions) @ self.weights + self.middle
-        location, count = parts[:, : len(self.circles)], len(self.circles)
-        location[:, self.circles] = np.arctan2(parts[:, count:], location[:, self.circles])
-        return location
+        return self.linear.location(self.regressor.encode(table))
 
     def log_density(self, table: Any, y: Array) -> Array:
         """Log-density of targets (B, D), shape (B,), counted as `EnergyRegressor.score_samples` counts it."""
@@ -158,7 +141,7 @@ class LinearForecast:
                 below = (self._to_model(np.full_like(y, edge))[:, 0] - location[:, 0]) / self.scale[0]
                 return _log_normal_mass(*ends) - _log_normal_mass(below, np.full_like(below, np.inf))
             return _log_normal_mass(*ends) - np.log(high - low)[:, 0]
-        residual = self._residual(self._to_model(y), location)
+        residual = self.linear.residual(self._to_model(y), location)
         factor = np.linalg.cholesky(self.covariance)
         constant = -np.log(np.diag(factor)).sum() - 0.5 * len(factor) * math.log(2 * math.pi)
         total = np.full(len(y), -np.inf)
@@ -183,7 +166,7 @@ class LinearForecast:
 
     def pit(self, table: Any, y: Array) -> Array:
         """Probability below each target, shape (B, D)."""
-        z = self._residual(self._to_model(y), self.location(table)) / self.scale
+        z = self.linear.residual(self._to_model(y), self.location(table)) / self.scale
         return torch.special.ndtr(torch.as_tensor(z)).numpy()
 
     def sample(self, table: Any, count: int, rng: np.random.Generator) -> Array:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from energyreg.evaluation.forecasts import MARGINAL_POINTS, LinearForecast, MarginalForecast
 from energyreg.evaluation.scores import Array
@@ -41,7 +40,7 @@ def evaluate_jointly(
     regressor: DensityRegressor,
     table: Any,
     y: Array,
-    linear: Sequence[tuple[NDArray[np.int64], LinearForecast]] = (),
+    linear: LinearForecast | None = None,
     *,
     seed: int = 0,
 ) -> tuple[JointScores, JointScores, JointScores | None]:
@@ -51,7 +50,7 @@ def evaluate_jointly(
         regressor: The estimator, fitted to D > 1 outputs.
         table: pandas frame of B rows.
         y: Their targets, shape (B, D).
-        linear: Rows and their forecasts, from :func:`evaluate_linear`; none leaves the last part out.
+        linear: The linear forecast; None leaves the last part out.
         seed: Seed of the draws.
 
     Returns:
@@ -80,14 +79,7 @@ def evaluate_jointly(
     def score(samples: Array, level: Array | None = None) -> JointScores:
         return JointScores(_energy_scores(_embed(samples, periods, scales), _embed(y, periods, scales)), level)
 
-    line = None
-    if linear:
-        samples = np.empty((count, JOINT_SAMPLES, outputs))
-        for held, forecast in linear:
-            held = held[held < count]
-            if len(held):
-                samples[held] = forecast.sample(table.iloc[held], JOINT_SAMPLES, rng)
-        line = score(samples)
+    line = None if linear is None else score(linear.sample(table, JOINT_SAMPLES, rng))
     return score(draws, np.concatenate(levels)), score(np.stack(points, -1)), line
 
 

@@ -40,7 +40,7 @@ ALL_TAG, SURPRISE_TAG, MODES_TAG = "Evenly spread by certainty", "Most surprisin
 
 def densities(rows: ReportRows, modes: Modes, several: Sequence[int]) -> tuple[Section, Section, dict[int, str]]:
     """The sections of chosen rows and of the gallery, and row → its id in the page."""
-    order = np.argsort(rows.width, kind="stable")
+    order = np.argsort(rows.uncertainty, kind="stable")
     last = len(order) - 1
     chosen: dict[int, tuple[str, str]] = {}
     if rows.images is None:
@@ -86,15 +86,15 @@ def densities(rows: ReportRows, modes: Modes, several: Sequence[int]) -> tuple[S
     if rows.images is not None:
         title = "Images and their densities"
         kind = (
-            "The images that the model is most certain of, those that it is least certain of (by the width of the 90% "
-            f"interval), and the most surprising ones: they got the least density at the observed value. {kind}"
+            "The images that the model is most certain of, those that it is least certain of (by "
+            f"{rows.by_width}), and the most surprising ones: they got the least density at the observed value. {kind}"
         )
     return (
         Section("densities", title, [kind], drawings=drawings, short="Densities"),
         Section(
             "rows", "Row by row",
-            [f"{len(items)} rows to look through: from the most certain to the least, the most surprising, and those "
-             "with several modes."],
+            [f"{len(items)} rows to look through: from the most certain to the least (by {rows.by_width}), the most "
+             "surprising, and those with several modes."],
             gallery=Gallery("Densities row by row", items),
         ),
         {row: f"#row-{row + 1}" for row in tags},
@@ -139,8 +139,9 @@ def _one_density(rows: ReportRows, row: int, title: str, note: str) -> Drawing:
             best = values[int(shares.argmax())]
             return Drawing(
                 lambda: plots.probabilities(values, shares, observed, label=target),
-                f"Predicted probabilities of {target} for row {rows.numbers[row]}. The most probable value is {best:g} "
-                f"({shares.max():.0%}); 90% interval {ends[0]:g} to {ends[1]:g}. Observed: {observed:g}.",
+                f"Predicted probabilities of {target} for row {rows.numbers[row]}. The most probable value is "
+                f"{number(best)} ({shares.max():.0%}); 90% interval {number(ends[0])} to {number(ends[1])}. Observed: "
+                f"{number(observed)}.",
                 title, note,
             )  # fmt: skip
     p = rows.regressor.predict_distribution(one_row)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energyreg.evaluation import LEVELS, Evaluation, JointScores, RowScores
-from energyreg.reports.numbers import minus, number
+from energyreg.reports.numbers import number
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,6 +24,8 @@ IMPORTANCE_ROWS = 2_000
 MODE_ROWS = 2_000
 JOINT_ROWS, JOINT_MODE_ROWS = 1_000, 100
 """Rows whose joint density of several outputs is looked at by draws; by ascent, which costs more."""
+RANGE_TO_BE_RELATIVE = 2.0
+"""Ratio of the 95% to the 5% quantile from which on an interval is wide or narrow for its value."""
 MODEL, MARGINAL, LINEAR = "Model", "Marginal", "Linear"
 
 Array = NDArray[np.float64]
@@ -56,11 +58,32 @@ class ReportRows:
         found = {MODEL: self.scores.model, MARGINAL: self.scores.marginal}
         return found | ({LINEAR: self.linear} if self.linear is not None else {})
 
+    def relative(self, d: int) -> bool:
+        """Whether the uncertainty of an output is judged relative to its value: where all have one sign, and differ."""
+        size = np.abs(self.y[:, d])
+        one_sign = (self.y[:, d] > 0).all() or (self.y[:, d] < 0).all() or self.regressor.target_.kinds[d].whole
+        low, high = np.quantile(size, [0.05, 0.95])
+        return bool(self.circle(d) is None and one_sign and high > RANGE_TO_BE_RELATIVE * low)
+
     @property
-    def width(self) -> Array:
-        """How uncertain the model is of each row: the width of its interval, of several outputs the mean rank."""
-        width = self.scores.model.width[:, LEVELS.index(LEVEL)]
+    def uncertainty(self) -> Array:
+        """How uncertain the model is of each row: the width of its interval, of several outputs the mean rank.
+
+        The width is divided by the median where that is :meth:`relative`.
+        """
+        model = self.scores.model
+        width = model.width[:, LEVELS.index(LEVEL)].copy()
+        for d in filter(self.relative, range(len(self.targets))):
+            size = np.abs(self.y[:, d])
+            median = np.abs(self.y[:, d] + model.median_error[:, d])
+            width[:, d] /= median + 1 if self.regressor.target_.kinds[d].whole else np.maximum(median, size.min())
         return width[:, 0] if self.one else np.argsort(np.argsort(width, 0, kind="stable"), 0).mean(1)
+
+    @property
+    def by_width(self) -> str:
+        """What the uncertainty is, in words."""
+        relative = any(map(self.relative, range(len(self.targets))))
+        return "the width of the 90% interval" + (", relative to the predicted median" if relative else "")
 
     @property
     def surprising(self) -> list[int]:
@@ -117,7 +140,7 @@ def shown_value(value: Any) -> str:
         return "missing"
     if isinstance(value, pandas.Timestamp):
         return f"{value:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
-    if isinstance(value, (float, np.floating)):
-        return minus(f"{value:.6g}")
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+        return number(float(value), 6)
     text = str(value)
     return text if len(text) <= 80 else text[:79] + "…"

@@ -47,31 +47,32 @@ def summary(rows: ReportRows) -> list[str]:
             f"The density is zero at the observed values of {infinite:,} of {count:,} rows, so the mean log-density is "
             f"infinite: see the most surprising rows. Do {names} lie in the range that the model was told?"
         ]
-    gains = {name: other.nll - model.nll for name, other in rows.forecasts.items() if name != MODEL}
     what = {
         MARGINAL: f"a constant forecast, the marginal distribution of {names} in training",
-        LINEAR: "a linear Gaussian forecast",
+        LINEAR: "a linear Gaussian forecast, fitted to the training rows",
     }
+    gains = {name: scores.nll - model.nll for name, scores in rows.forecasts.items() if name != MODEL}
+    gains = {name: gain for name, gain in gains.items() if np.isfinite(gain).all()}
     texts = []
-    for name, gain in gains.items():
-        if not np.isfinite(gain).all():
-            continue
-        low, high = ends_of_bootstrap(bootstrap_means(gain[:, None], rows.seed)[:, 0])
-        mean = float(gain.mean())
-        verdict = (
-            "predicts better than"
-            if low > 0
-            else "predicts worse than"
-            if high < 0
-            else "is not clearly better or worse than"
-        )
+    for name in sorted(gains, key=lambda name: gains[name].mean()):  # the strongest first
+        mean = float(gains[name].mean())
+        low, high = ends_of_bootstrap(bootstrap_means(gains[name][:, None], rows.seed)[:, 0])
+        if high < 0:
+            mean, low, high = -mean, -high, -low
+            text = f"the model predicts worse than {what[name]}: there"
+        else:
+            text = f"the model {'predicts better' if low > 0 else 'is not clearly better or worse'} than {what[name]}:"
         texts.append(
-            f"the model {verdict} {what[name]}: the density at the observed value is typically "
-            f"{number(math.exp(min(mean, 50)), 3)} times as high (mean gain in log p: "
-            + minus(f"{mean:.3f} nats; 95% interval {low:.3f} to {high:.3f}).")
+            f"{text} the density at the observed value is typically {number(math.exp(min(mean, 50)), 3)} times as high "
+            "(mean gain in log p: " + minus(f"{mean:.3f} nats; 95% interval {low:.3f} to {high:.3f}).")
         )
-    first = [f"On {count:,} rows {texts[0]}"] if texts else []
+    first = [f"On {count:,} rows {texts[0]}{_better_baselines(rows)}"] if texts else []
     further = [f"Also, {text}" for text in texts[1:]]
+    if rows.linear is None:
+        further.append(
+            "There is no linear forecast to compare it with: the model was made by a version that kept none, or from "
+            "fewer than 3 rows. Fit it again to have one."
+        )
     inside = model.inside[:, LEVELS.index(LEVEL)].mean(0)
     low, high = by_chance(count, LEVEL)
     parts = []
@@ -80,6 +81,27 @@ def summary(rows: ReportRows) -> list[str]:
         of = "" if rows.one else f" of {rows.targets[d]}"
         parts.append(f"{share:.1%} of the observed values{of}, {verdict}")
     return [*first, *further, f"Its 90% intervals hold {'; '.join(parts)} (sampling alone: {low:.1%} to {high:.1%})."]
+
+
+def _better_baselines(rows: ReportRows) -> str:
+    """Which simple forecasts are more accurate than the model by another score, in sentences."""
+    parts: dict[str, Callable[[RowScores], Array]] = {
+        "CRPS": lambda s: s.crps, "RMSE": lambda s: s.error**2, "MAE": lambda s: np.abs(s.median_error),
+    }  # fmt: skip
+    found = []
+    for name, scores in rows.forecasts.items():
+        if name == MODEL:
+            continue
+        better = []
+        for score, part in parts.items():
+            gain = part(rows.scores.model) - part(scores)
+            for d, target in enumerate(rows.targets):
+                if np.isfinite(gain[:, d]).all():
+                    low, _ = ends_of_bootstrap(bootstrap_means(gain[:, [d]], rows.seed)[:, 0])
+                    better += [score if rows.one else f"{score} of {target}"] if low > 0 else []
+        if better:
+            found.append(f" The {name.lower()} forecast has a lower {', '.join(better)} than the model.")
+    return "".join(found)
 
 
 def scores(rows: ReportRows) -> Section:
@@ -136,13 +158,15 @@ def scores(rows: ReportRows) -> Section:
         + (" On a circle, distances go the shorter way." if any(map(rows.circle, range(len(rows.targets)))) else ""),
         "Marginal": "The constant forecast: the distribution of the training targets, the same for every row"
         + ("." if rows.one else ", with independent outputs."),
-        "Linear": "A Gaussian of constant width around a linear function of "
+        LINEAR: "A Gaussian of constant width around a linear function of "
         + ("the inputs (categories one-hot)" if rows.images is None else "the network's features")
         + ", in the target space of the model: positive targets are linear in their logarithm, bounded ones in their "
-        "logit, angles in the direction. It was fitted to these rows, each predicted from the other folds of five.",
+        "logit, angles in the direction. It is a ridge regression on the rows that the model was trained on.",
         "Model − other": "Negative is better for the model in all scores but the coverage. An interval without zero is "
         "a difference that chance does not explain.",
     }
+    if rows.linear is None:
+        del terms[LINEAR]
     if rows.joint:
         terms["Energy score"] = (
             f"The CRPS of all outputs together, each divided by its standard deviation in training; on {JOINT_ROWS:,} "
@@ -269,15 +293,15 @@ def groups(rows: ReportRows) -> Section:
         "groups", "Coverage by group",
         ["Intervals of 50%, 80%, 90% and 95% should hold as many values in parts of the data, too. Arrows mark "
          "coverages below (↓) or above (↑) what chance explains for 95 of 100 groups of that size: expect one of 20. "
-         "Quarters of the certainty go by the width of the predicted interval: where the model is less certain, the "
-         "mean absolute error (MAE) should be larger." + note],
+         f"Quarters of the certainty go by {rows.by_width}: where the model is less certain, the mean absolute error "
+         "(MAE) should be larger, as a part of the values where the width is." + note],
         [Table("Coverage by group", headings, lines, sortable=True, filters=filters)], short="Groups",
     )  # fmt: skip
 
 
 def _columns_of_groups(rows: ReportRows) -> dict[str, list[tuple[str, NDArray[np.bool_]]]]:
     """What rows are grouped by → groups with their rows."""
-    width = rows.width
+    width = rows.uncertainty
     order = np.argsort(np.argsort(width, kind="stable"))
     quarter = np.minimum(4 * order // max(len(width), 1), 3)
     names = ("Most certain quarter", "Second quarter", "Third quarter", "Least certain quarter")
@@ -303,7 +327,7 @@ def _levels_of(series: Series) -> list[tuple[str, NDArray[np.bool_]]]:
         edges = known.quantile([0, 0.25, 0.5, 0.75, 1]).drop_duplicates().tolist()
         for i, (low, high) in enumerate(pairwise(edges)):
             inside = ((series >= low) if i == 0 else (series > low)) & (series <= high)
-            show = (lambda v: minus(f"{v:.4g}")) if numeric else (lambda v: f"{v:%Y-%m-%d}")
+            show = number if numeric else (lambda v: f"{v:%Y-%m-%d}")
             groups.append((f"{'' if i == 0 else 'above '}{show(low)} to {show(high)}", inside.to_numpy(bool)))
     else:
         kept = levels

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 
 from energyreg import plots
-from energyreg.evaluation import JointScores, evaluate, evaluate_jointly, evaluate_linear, permutation_importance
+from energyreg.evaluation import (
+    JointScores,
+    LinearForecast,
+    evaluate,
+    evaluate_jointly,
+    evaluate_linear,
+    permutation_importance,
+)
 from energyreg.reports import row_sections, score_sections
 from energyreg.reports.content import Drawing, Section, SectionedReport, Table
 from energyreg.reports.drawings import tall_log_partition
@@ -68,7 +75,7 @@ def describe(
         total: How many rows these were chosen from; B by default.
         images: Files of the rows' images, B of them, where the estimator is one of images: the page shows them, and
             leaves out what is of use for columns only.
-        seed: Seed of the bootstrap, the shuffling, the split for the linear baseline, and of draws.
+        seed: Seed of the bootstrap, the shuffling, and of draws.
         progress: Called with 1 after each of `number_of_steps(table)` steps; for images, of `IMAGE_STEPS`.
 
     Returns:
@@ -84,10 +91,12 @@ def describe(
     chunks = ((table.iloc[i : i + CHUNK_ROWS], y[i : i + CHUNK_ROWS]) for i in range(0, len(table), CHUNK_ROWS))
     scores = evaluate(regressor, chunks, seed=seed)
     progress(1)
-    linear, lines = evaluate_linear(regressor, table, y, seed=seed) if len(y) >= 8 else (None, [])
+    known = regressor.linear_baseline_ is not None
+    linear = evaluate_linear(regressor, table, y, seed=seed) if known else None
     joint: dict[str, JointScores] = {}
     if len(targets) > 1:
-        found = evaluate_jointly(regressor, table.iloc[:JOINT_ROWS], y[:JOINT_ROWS], lines, seed=seed)
+        line = LinearForecast(regressor) if known else None
+        found = evaluate_jointly(regressor, table.iloc[:JOINT_ROWS], y[:JOINT_ROWS], line, seed=seed)
         joint = {name: part for name, part in zip((MODEL, MARGINAL, LINEAR), found, strict=True) if part is not None}
     progress(1)
     some = slice(0, IMPORTANCE_ROWS if len(targets) == 1 else JOINT_ROWS)
