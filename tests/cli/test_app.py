@@ -115,7 +115,7 @@ def test_evaluate_scores_against_the_marginal(model, data, frame, monkeypatch):
     whole = json.loads(succeed("evaluate", model, data, "--json").stdout)
     assert whole["rows"] == 160 and whole["targets"] == ["rmsd"]
     keys = {"nll", "crps", "rmse", "mae", *(f"{w}_{p}" for w in ("coverage", "width") for p in (50, 80, 90, 95))}
-    assert set(whole["scores"]) == set(whole["marginal"]) == keys
+    assert set(whole["scores"]) == set(whole["marginal"]) == set(whole["linear"]) == keys
     regressor = EnergyRegressor.load(model)
     x = frame[list(regressor.feature_names_in_)]
     assert whole["scores"]["nll"] == pytest.approx(-regressor.score_samples(x, frame["rmsd"]).mean())

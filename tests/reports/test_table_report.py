@@ -170,7 +170,7 @@ def test_an_infinite_score_is_said():
     y[5] = -1.0
     scores = evaluation.evaluate(fitted("positive"), [(table, y)])
     some = ReportRows(
-        fitted("positive"), table, y, [str(i) for i in range(60)], ["y"], scores, None, {}, {}, 60, 0
+        fitted("positive"), table, y, [str(i) for i in range(60)], ["y"], scores, {}, {}, 60, 0
     )  # fmt: skip
     assert "zero at the observed values of 1 of 60 rows" in score_sections.summary(some)[0]
     assert score_sections.scores(some).tables[0].rows[0][1] == "infinite"
@@ -211,7 +211,7 @@ def scored(y, *errors, kind="real", width=1.0):
     model, marginal, linear = map(scores, errors)
     return ReportRows(
         fitted(kind), rows(count)[0], y[:, None], [str(i) for i in range(count)], ["y"],
-        evaluation.Evaluation(model, marginal), linear, {}, {}, count, 0,
+        evaluation.Evaluation(model, marginal, linear), {}, {}, count, 0,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Score the predictions for a table that has the targets, against a constant forecast: the marginal of training."""
+    """Score the predictions for a table that has the targets, against a constant and a linear forecast."""
     from energyreg.tables import files as tablefiles
 
     fitted = load(model, threads, data)
@@ -36,16 +36,13 @@ def evaluate(
     total = tablefiles.count_rows(data)
     with Progress("Scoring", "rows", total, not quiet, transient=True) as progress:
         scores = evaluation.evaluate(fitted.regressor, _pairs(fitted, data, names), progress=progress)
-    model_scores, marginal = scores.model.summary(), scores.marginal.summary()
+    found = {"scores": scores.model.summary(), "marginal": scores.marginal.summary()}
+    if scores.linear is not None:
+        found["linear"] = scores.linear.summary()
     if as_json:
-        print_json(
-            {
-                "model": str(model), "data": str(data), "rows": scores.rows, "targets": names, "scores": model_scores,
-                "marginal": marginal,
-            }
-        )  # fmt: skip
+        print_json({"model": str(model), "data": str(data), "rows": scores.rows, "targets": names, **found})
         return
-    _print_scores(model_scores, marginal, names, scores.rows)
+    _print_scores(found, names, scores.rows)
 
 
 def _pairs(fitted: Fitted, data: Path, names: Sequence[str]) -> Iterator[tuple[Any, np.ndarray]]:
@@ -63,25 +60,28 @@ def _pairs(fitted: Fitted, data: Path, names: Sequence[str]) -> Iterator[tuple[A
         done += len(frame)
 
 
-def _print_scores(model: Mapping[str, Any], marginal: Mapping[str, Any], names: Sequence[str], rows: int) -> None:
+def _print_scores(found: Mapping[str, Mapping[str, Any]], names: Sequence[str], rows: int) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from energyreg.reports.numbers import fixed
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=100, no_color=True, highlight=False)
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, title=None)
     table.add_column(f"{rows:,} rows", no_wrap=True)
-    table.add_column("model", justify="right")
-    table.add_column("marginal", justify="right")
+    for name in found:
+        table.add_column({"scores": "model"}.get(name, name), justify="right")
     titles = {"nll": "NLL (nats)", "crps": "CRPS", "rmse": "RMSE of the mean", "mae": "MAE of the median"}
-    for key, value in model.items():
+    for key, value in found["scores"].items():
         what, _, level = key.partition("_")
         title = titles.get(key, f"{level}% interval: {what}")
         several = isinstance(value, list)
         for index, name in enumerate(names if several else [""]):
-            own, other = (value[index], marginal[key][index]) if several else (value, marginal[key])
-            cells = [f"{v:.1%}" if what == "coverage" else f"{v:.4f}" for v in (own, other)]
+            values = [scores[key][index] if several else scores[key] for scores in found.values()]
+            show = fixed(max(map(abs, values)), 5) if what not in ("nll", "coverage") else "{:.4f}".format
+            cells = [f"{v:.1%}" if what == "coverage" else show(v) for v in values]
             table.add_row(f"{title}, {name}" if name else title, *cells)
     console.print(table)

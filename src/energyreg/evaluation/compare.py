@@ -53,31 +53,43 @@ def evaluate(
         ValueError: If a chunk does not fit the estimator.
     """
     marginal = MarginalForecast(regressor)
+    linear = None if regressor.linear_baseline_ is None else LinearForecast(regressor)
     rng = np.random.default_rng(seed)
-    parts: list[tuple[RowScores, RowScores]] = []
+    parts: list[list[RowScores]] = []
     for table, targets in chunks:
-        parts.append(_score(regressor, marginal, table, np.array(targets, dtype=np.float64), rng))
-        progress(len(targets))
-    return Evaluation(RowScores.join([model for model, _ in parts]), RowScores.join([other for _, other in parts]))
+        y = np.array(targets, dtype=np.float64)
+        within = _within_rounding(regressor, y, rng)
+        parts.append([_score_blocks(regressor, table, y, within), _score_marginal(marginal, y, within)])
+        if linear is not None:
+            parts[-1].append(_score_linear(linear, table, y, within))
+        progress(len(y))
+    return Evaluation(*map(RowScores.join, zip(*parts, strict=True)))
 
 
-def _score(
-    regressor: DensityRegressor, marginal: MarginalForecast, table: Any, y: Array, rng: np.random.Generator
-) -> tuple[RowScores, RowScores]:
-    """Scores of a chunk of rows: of the model, by blocks, and of the constant forecast."""
-    rows, outputs = y.shape
-    within, periods = _within_rounding(regressor, y, rng), regressor.target_.periods
-    own = []
+def _score_blocks(regressor: DensityRegressor, table: Any, y: Array, within: Array) -> RowScores:
+    """Scores of the model, block by block."""
+    rows, periods, own = len(y), regressor.target_.periods, []
     for start in range(0, rows, BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
         part = table.iloc[block] if hasattr(table, "iloc") else table[block]
         own.append(_score_model(regressor, part, y[block], within[block], periods))
-    constant = np.broadcast_to(marginal.quantiles(ALL_LEVELS), (rows, len(ALL_LEVELS), outputs))
-    other = score_quantiles(
+    return RowScores.join(own)
+
+
+def _score_marginal(marginal: MarginalForecast, y: Array, within: Array) -> RowScores:
+    constant = np.broadcast_to(marginal.quantiles(ALL_LEVELS), (len(y), len(ALL_LEVELS), y.shape[1]))
+    return score_quantiles(
         y, constant, nll=-marginal.log_density(y), mean=np.broadcast_to(marginal.mean, y.shape),
-        pit=marginal.pit(within), periods=periods,
+        pit=marginal.pit(within), periods=marginal.regressor.target_.periods,
     )  # fmt: skip
-    return RowScores.join(own), other
+
+
+def _score_linear(linear: LinearForecast, table: Any, y: Array, within: Array) -> RowScores:
+    quantiles = linear.regressor.target_.round(linear.quantiles(table, ALL_LEVELS))
+    return score_quantiles(
+        y, quantiles, nll=-linear.log_density(table, y), mean=quantiles[:, :QUANTILES].mean(1),
+        pit=linear.pit(table, within), periods=linear.periods,
+    )  # fmt: skip
 
 
 def _within_rounding(regressor: DensityRegressor, y: Array, rng: np.random.Generator) -> Array:
@@ -137,12 +149,7 @@ def evaluate_linear(regressor: DensityRegressor, table: Any, y: Array, *, seed: 
         ValueError: If the estimator keeps no linear baseline, as those of version 0.1.
     """
     forecast = LinearForecast(regressor)
-    within = _within_rounding(regressor, y, np.random.default_rng(seed))
-    quantiles = regressor.target_.round(forecast.quantiles(table, ALL_LEVELS))
-    return score_quantiles(
-        y, quantiles, nll=-forecast.log_density(table, y), mean=quantiles[:, :QUANTILES].mean(1),
-        pit=forecast.pit(table, within), periods=regressor.target_.periods,
-    )  # fmt: skip
+    return _score_linear(forecast, table, y, _within_rounding(regressor, y, np.random.default_rng(seed)))
 
 
 def permutation_importance(

@@ -74,10 +74,18 @@ class RowScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the model and of the constant forecast on the same rows."""
+    """Scores of the model and of the simple forecasts on the same rows.
+
+    Attributes:
+        model: Of the model.
+        marginal: Of the constant forecast, :class:`~energyreg.evaluation.forecasts.MarginalForecast`.
+        linear: Of the line through the training rows, :class:`~energyreg.evaluation.forecasts.LinearForecast`; None
+            where the estimator keeps none.
+    """
 
     model: RowScores
     marginal: RowScores
+    linear: RowScores | None = None
 
     @property
     def rows(self) -> int:

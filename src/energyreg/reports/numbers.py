@@ -25,11 +25,11 @@ def number(value: float, digits: int = 4) -> str:
     return minus(text.rstrip("0").rstrip(".") if decimals else text)
 
 
-def fixed(size: float) -> Callable[[float], str]:
-    """How numbers around a size are shown: with the decimals that give it four digits, the same for all."""
+def fixed(size: float, digits: int = 4) -> Callable[[float], str]:
+    """How numbers around a size are shown: with the decimals that give it so many digits, the same for all."""
     if not 1e-4 <= abs(size) < 1e15:
         return lambda value: number(value, 3)
-    decimals = max(3 - math.floor(math.log10(abs(size))), 0)
+    decimals = max(digits - 1 - math.floor(math.log10(abs(size))), 0)
     return lambda value: minus(f"{value:{_comma(abs(value))}.{decimals}f}")
 
 

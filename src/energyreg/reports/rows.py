@@ -41,7 +41,6 @@ class ReportRows:
     numbers: Sequence[str]
     targets: Sequence[str]
     scores: Evaluation
-    linear: RowScores | None
     joint: Mapping[str, JointScores]
     importances: Mapping[str, tuple[float, float]]
     total: int
@@ -56,7 +55,7 @@ class ReportRows:
     def forecasts(self) -> dict[str, RowScores]:
         """Name → scores, the model first."""
         found = {MODEL: self.scores.model, MARGINAL: self.scores.marginal}
-        return found | ({LINEAR: self.linear} if self.linear is not None else {})
+        return found | ({LINEAR: self.scores.linear} if self.scores.linear is not None else {})
 
     def relative(self, d: int) -> bool:
         """Whether the uncertainty of an output is judged relative to its value: where all have one sign, and differ."""

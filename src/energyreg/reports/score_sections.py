@@ -68,7 +68,7 @@ def summary(rows: ReportRows) -> list[str]:
         )
     first = [f"On {count:,} rows {texts[0]}{_better_baselines(rows)}"] if texts else []
     further = [f"Also, {text}" for text in texts[1:]]
-    if rows.linear is None:
+    if rows.scores.linear is None:
         further.append(
             "There is no linear forecast to compare it with: the model was made by a version that kept none, or from "
             "fewer than 3 rows. Fit it again to have one."
@@ -165,7 +165,7 @@ def scores(rows: ReportRows) -> Section:
         "Model − other": "Negative is better for the model in all scores but the coverage. An interval without zero is "
         "a difference that chance does not explain.",
     }
-    if rows.linear is None:
+    if rows.scores.linear is None:
         del terms[LINEAR]
     if rows.joint:
         terms["Energy score"] = (

@@ -14,7 +14,6 @@ from energyreg.evaluation import (
     LinearForecast,
     evaluate,
     evaluate_jointly,
-    evaluate_linear,
     permutation_importance,
 )
 from energyreg.reports import row_sections, score_sections
@@ -91,11 +90,9 @@ def describe(
     chunks = ((table.iloc[i : i + CHUNK_ROWS], y[i : i + CHUNK_ROWS]) for i in range(0, len(table), CHUNK_ROWS))
     scores = evaluate(regressor, chunks, seed=seed)
     progress(1)
-    known = regressor.linear_baseline_ is not None
-    linear = evaluate_linear(regressor, table, y, seed=seed) if known else None
     joint: dict[str, JointScores] = {}
     if len(targets) > 1:
-        line = LinearForecast(regressor) if known else None
+        line = None if scores.linear is None else LinearForecast(regressor)
         found = evaluate_jointly(regressor, table.iloc[:JOINT_ROWS], y[:JOINT_ROWS], line, seed=seed)
         joint = {name: part for name, part in zip((MODEL, MARGINAL, LINEAR), found, strict=True) if part is not None}
     progress(1)
@@ -105,7 +102,7 @@ def describe(
         importances = permutation_importance(regressor, table.iloc[some], y[some], seed=seed, progress=progress)
     numbers = list(labels or [str(i + 1) for i in range(len(table))])
     rows = ReportRows(
-        regressor, table, y, numbers, targets, scores, linear, joint, importances, total or len(table), seed, images
+        regressor, table, y, numbers, targets, scores, joint, importances, total or len(table), seed, images
     )  # fmt: skip
     modes = row_sections.find_modes(rows, min(len(y), MODE_ROWS if rows.one else JOINT_MODE_ROWS))
     progress(1)
