@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("pandas")
+pd = pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
 stats = pytest.importorskip("scipy.stats")
 
 from energyreg.estimators.table import EnergyRegressor  # noqa: E402
-from energyreg.evaluation import LEVELS, LinearForecast, evaluate, evaluate_linear  # noqa: E402
+from energyreg.evaluation import LEVELS, LinearForecast, evaluate, evaluate_linear, permutation_importance  # noqa: E402
 from tests.fitted import KINDS, fitted, rows, targets  # noqa: E402
 
 
@@ -87,3 +87,29 @@ def test_scores_of_the_model_are_those_of_the_estimator(kind):
     if kind == "circle":
         difference = (difference + 180) % 360 - 180
     np.testing.assert_allclose(difference, 0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["real", "count", "two"])
+def test_importance_is_what_shuffling_a_column_costs(kind):
+    table, y = rows(40, seed=8)
+    y, regressor = targets(kind, y).reshape(40, -1), fitted(kind)
+    steps = []
+    found = permutation_importance(regressor, table, y, seed=3, progress=steps.append)
+    assert sum(steps) == 3 and list(found) == sorted(found, key=lambda name: -found[name][0])
+    rng = np.random.default_rng(3)
+    before = regressor.score_samples(table, y)
+    for name in table.columns:
+        shuffled = table.assign(**{name: table[name].to_numpy()[rng.permutation(40)]})
+        loss = before - regressor.score_samples(shuffled, y)
+        assert found[name][0] == pytest.approx(loss.mean(), rel=1e-3, abs=1e-3)
+
+
+def test_a_wide_table_is_looked_at_first_and_its_best_columns_again():
+    rng = np.random.default_rng(0)
+    x = pd.DataFrame(rng.normal(size=(400, 30)), columns=[f"x{i}" for i in range(30)]).assign(same=1.0)
+    y = 3 * x["x7"] + 2 * x["x20"] + 0.3 * rng.normal(size=400)
+    regressor = EnergyRegressor(n_members=2, epochs=8, width=16, random_state=0).fit(x, y)
+    steps = []
+    found = permutation_importance(regressor, x[:60], y[:60].to_numpy()[:, None], progress=steps.append, most=4)
+    assert sum(steps) == 5 and len(found) == 31 and list(found)[:2] == ["x7", "x20"]
+    assert found["same"] == (0.0, 0.0)

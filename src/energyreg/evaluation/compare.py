@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from energyreg.estimators.members import integrator_of, weights_of
+from energyreg.estimators.settings import threads
 from energyreg.evaluation.forecasts import LinearForecast, MarginalForecast
 from energyreg.evaluation.scores import (
     ALL_LEVELS,
@@ -21,12 +23,16 @@ from energyreg.evaluation.scores import (
     RowScores,
     score_quantiles,
 )
+from energyreg.models.ensemble import EnergyEnsemble
 
 if TYPE_CHECKING:
     from energyreg.estimators.core import DensityRegressor
 
 __all__ = ["evaluate", "evaluate_linear", "permutation_importance"]
 
+SCREENING_ROWS = 150
+"""Rows of the first look at the columns of a wide table."""
+IMPORTANCE_BLOCK = 4_096
 BLOCK_ROWS = 512
 """Rows that are scored at once: few enough that a predictive distribution keeps what it has computed."""
 
@@ -159,6 +165,7 @@ def permutation_importance(
     *,
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
+    most: int | None = None,
 ) -> dict[str, tuple[float, float]]:
     """How much log-density the model loses where one column is shuffled, which cuts its tie to y.
 
@@ -167,21 +174,49 @@ def permutation_importance(
         table: pandas frame of B rows.
         y: Their targets, shape (B, D).
         seed: Seed of the shuffling.
-        progress: Called with 1 after each column.
+        progress: Called with 1 after each column; of more than `most`, after each of these, and after the first look.
+        most: Columns that are looked at by all rows; None for all. Of more, a first look at `SCREENING_ROWS` rows, by
+            the heaviest member of an ensemble, chooses them, and the others keep what was found by it.
 
     Returns:
-        Column → mean loss in nats and its standard error over the rows, the largest first. Columns that tell the same
-        share their importance, and may all seem unimportant.
+        Column → mean loss in nats and its standard error over the rows, the largest first; columns of the first look
+        only come after the others. Columns that tell the same share their importance, and may all seem unimportant.
     """
-    before = regressor.score_samples(table, y)
-    rng = np.random.default_rng(seed)
-    result = {}
-    for name in table.columns:
-        order = rng.permutation(len(table))
-        shuffled = table.assign(**{name: table[name].to_numpy()[order]})
-        shuffled[name] = shuffled[name].astype(table[name].dtype)
-        loss = before - regressor.score_samples(shuffled, y)
-        loss = loss[np.isfinite(loss)]
-        result[str(name)] = float(loss.mean()), float(loss.std() / math.sqrt(max(len(loss), 1)))
-        progress(1)
-    return dict(sorted(result.items(), key=lambda item: -item[1][0]))
+    y = np.array(y, dtype=np.float64)  # torch warns of what pandas holds read-only
+    x, names = regressor.encode(table), [str(name) for name in table.columns]
+    sources = regressor.preprocessor_.sources_
+    parts = {name: [at for at, source in enumerate(sources) if source == i] for i, name in enumerate(names)}
+
+    def losses(columns: Sequence[str], model: Any, rows: int, calibrated: bool) -> dict[str, tuple[float, float]]:
+        known, targets, rng = x[:rows], y[:rows], np.random.default_rng(seed)
+
+        def log_densities(inputs: Array) -> Array:
+            found = []
+            for start in range(0, len(inputs), IMPORTANCE_BLOCK):
+                block = slice(start, start + IMPORTANCE_BLOCK)
+                p = model(inputs[block], integrator=integrator_of(model))
+                found.append(regressor.log_density(regressor.calibration_(p) if calibrated else p, targets[block]))
+            return np.concatenate(found)
+
+        before, result = log_densities(known), {}
+        for name in columns:
+            shuffled, order = known.copy(), rng.permutation(len(known))
+            shuffled[:, parts[name]] = known[order][:, parts[name]]
+            loss = before - log_densities(shuffled) if parts[name] else np.zeros(1)
+            loss = loss[np.isfinite(loss)]
+            result[name] = float(loss.mean()), float(loss.std() / math.sqrt(max(len(loss), 1)))
+            if calibrated:
+                progress(1)
+        return dict(sorted(result.items(), key=lambda item: -item[1][0]))
+
+    first: dict[str, tuple[float, float]] = {}
+    model = regressor.model_
+    with threads(regressor.n_jobs):
+        if most is not None and len(names) > most:
+            heaviest = int(np.argmax(weights_of(model)))
+            one = model.members[heaviest] if isinstance(model, EnergyEnsemble) else model
+            first = losses(names, one, SCREENING_ROWS, calibrated=False)
+            progress(1)
+        chosen = list(first or names)[: most or len(names)]
+        found = losses(chosen, model, len(x), calibrated=True)
+    return found | {name: first[name] for name in list(first)[len(chosen) :]}

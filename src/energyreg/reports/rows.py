@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 LEVEL = 0.9
 """Probability of the intervals and regions that are shown."""
 BOOTSTRAPS = 400
-IMPORTANCE_ROWS = 2_000
-MODE_ROWS = 2_000
+IMPORTANCE_ROWS, IMPORTANCE_WORK, IMPORTANCE_COLUMNS = 2_000, 4_800, 12
+"""Rows by which the importance of a column is found, as many as the second says for all of them together; and how many
+columns of a wide table are looked at so closely."""
+MODE_ROWS, PARTITION_ROWS = 500, 500
+"""Rows whose modes are looked for, and whose log Z is examined."""
 JOINT_ROWS, JOINT_MODE_ROWS = 1_000, 100
 """Rows whose joint density of several outputs is looked at by draws; by ascent, which costs more."""
 RANGE_TO_BE_RELATIVE = 2.0
@@ -50,6 +53,11 @@ class ReportRows:
     @property
     def one(self) -> bool:
         return len(self.targets) == 1
+
+    @property
+    def importance_rows(self) -> int:
+        """How many rows the importance of a column is found by."""
+        return importance_rows(len(self.table), self.table.shape[1], self.one)
 
     @property
     def forecasts(self) -> dict[str, RowScores]:
@@ -100,6 +108,12 @@ class ReportRows:
 
     def suffix(self, d: int) -> str:
         return "" if self.one else f", {self.targets[d]}"
+
+
+def importance_rows(rows: int, columns: int, one: bool) -> int:
+    """How many of the rows the importance of a column is found by; fewer for several outputs, which cost more."""
+    work = IMPORTANCE_WORK // max(min(columns, IMPORTANCE_COLUMNS), 1)
+    return min(rows, max(work, 1) if one else max(work // 2, 1), IMPORTANCE_ROWS if one else JOINT_ROWS)
 
 
 # ---------------------------------------------------------------------------------------------- numbers

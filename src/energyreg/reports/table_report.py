@@ -16,20 +16,23 @@ from energyreg.evaluation import (
     evaluate_jointly,
     permutation_importance,
 )
+from energyreg.evaluation.compare import SCREENING_ROWS
 from energyreg.reports import row_sections, score_sections
 from energyreg.reports.content import Drawing, Section, SectionedReport, Table
 from energyreg.reports.drawings import tall_log_partition
 from energyreg.reports.numbers import minus, number
 from energyreg.reports.rows import (
-    IMPORTANCE_ROWS,
+    IMPORTANCE_COLUMNS,
     JOINT_MODE_ROWS,
     JOINT_ROWS,
     LINEAR,
     MARGINAL,
     MODE_ROWS,
     MODEL,
+    PARTITION_ROWS,
     Array,
     ReportRows,
+    importance_rows,
     shown_value,
 )
 
@@ -43,8 +46,8 @@ __all__ = ["describe", "number_of_steps"]
 CHUNK_ROWS = 4_096
 IMAGE_STEPS = 4
 """Steps of a report whatever the columns."""
-GRID = 4_001
-"""Points of the independent check of log Z."""
+GRID, GRID_ROWS = 4_001, 12
+"""Points of the independent check of log Z, and of how many rows."""
 
 
 def describe(
@@ -86,7 +89,7 @@ def describe(
     """
     if images is not None and len(images) != len(table):
         raise ValueError(f"images has {len(images)} files, but table has {len(table)} rows; expected one for each.")
-    table = table.reset_index(drop=True)
+    table, y = table.reset_index(drop=True), np.array(y, dtype=np.float64)
     chunks = ((table.iloc[i : i + CHUNK_ROWS], y[i : i + CHUNK_ROWS]) for i in range(0, len(table), CHUNK_ROWS))
     scores = evaluate(regressor, chunks, seed=seed)
     progress(1)
@@ -96,10 +99,12 @@ def describe(
         found = evaluate_jointly(regressor, table.iloc[:JOINT_ROWS], y[:JOINT_ROWS], line, seed=seed)
         joint = {name: part for name, part in zip((MODEL, MARGINAL, LINEAR), found, strict=True) if part is not None}
     progress(1)
-    some = slice(0, IMPORTANCE_ROWS if len(targets) == 1 else JOINT_ROWS)
     importances = {}
     if images is None:
-        importances = permutation_importance(regressor, table.iloc[some], y[some], seed=seed, progress=progress)
+        some = slice(0, importance_rows(len(table), table.shape[1], len(targets) == 1))
+        importances = permutation_importance(
+            regressor, table.iloc[some], y[some], seed=seed, progress=progress, most=IMPORTANCE_COLUMNS
+        )
     numbers = list(labels or [str(i + 1) for i in range(len(table))])
     rows = ReportRows(
         regressor, table, y, numbers, targets, scores, joint, importances, total or len(table), seed, images
@@ -122,7 +127,8 @@ def describe(
 
 def number_of_steps(table: DataFrame) -> int:
     """How many steps `describe` takes for a table."""
-    return IMAGE_STEPS + table.shape[1]
+    columns = table.shape[1]
+    return IMAGE_STEPS + (columns if columns <= IMPORTANCE_COLUMNS else IMPORTANCE_COLUMNS + 1)
 
 
 def _data(rows: ReportRows) -> Section:
@@ -169,9 +175,9 @@ def _data(rows: ReportRows) -> Section:
     bounds = [
         f"{what} from the first {limit:,}"
         for what, limit in (
-            ("importances", IMPORTANCE_ROWS if rows.one else JOINT_ROWS),
+            ("importances", rows.importance_rows),
             ("modes", MODE_ROWS if rows.one else JOINT_MODE_ROWS),
-            ("log Z", MODE_ROWS if rows.one else JOINT_ROWS),
+            ("log Z", PARTITION_ROWS),
         )
         if count > limit and (what != "importances" or rows.importances)
     ]
@@ -184,7 +190,7 @@ def _data(rows: ReportRows) -> Section:
 
 def _importance(rows: ReportRows) -> Section:
     losses = rows.importances
-    count = min(len(rows.y), IMPORTANCE_ROWS if rows.one else JOINT_ROWS)
+    count, beyond = rows.importance_rows, len(losses) - IMPORTANCE_COLUMNS
     top = max([mean for mean, _ in losses.values()] + [1e-12])
     lines = [
         [name, {"text": minus(f"{mean:.3f}"), "share": max(mean, 0.0) / top, "sort": mean}, f"± {1.96 * error:.3f}"]
@@ -193,13 +199,15 @@ def _importance(rows: ReportRows) -> Section:
     return Section(
         "importance", "Which columns matter",
         [f"How much log-density the model loses, in nats, where a column is shuffled among {count:,} rows. "
-         "Columns that tell the same share their importance, and may all seem unimportant."],
+         "Columns that tell the same share their importance, and may all seem unimportant."
+         + (f" Of {len(losses):,} columns the {IMPORTANCE_COLUMNS} most important come first; the other {beyond:,} are "
+            f"as a first look at {min(SCREENING_ROWS, count):,} rows found them." if beyond > 0 else "")],
         [Table("Permutation importance", ["Column", "Loss (nats)", "95%"], lines)], short="Importance",
     )  # fmt: skip
 
 
 def _partition(rows: ReportRows) -> Section:
-    count = min(len(rows.y), MODE_ROWS if rows.one else JOINT_ROWS)
+    count = min(len(rows.y), PARTITION_ROWS)
     regressor = rows.regressor
     diagnostics = regressor.predict_distribution(rows.table.iloc[:count]).diagnostics
     error = diagnostics.log_partition_stderr.double().cpu().numpy()
@@ -235,7 +243,7 @@ def _partition(rows: ReportRows) -> Section:
             "log Z and its diagnostics",
         )
     if rows.one:
-        some = regressor.predict_distribution(rows.table.iloc[: min(count, 50)])
+        some = regressor.predict_distribution(rows.table.iloc[: min(count, GRID_ROWS)])
         ends = some.quantile(torch.tensor([1e-5, 1 - 1e-5], dtype=torch.double)).double().reshape(2, -1)
         grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, GRID, dtype=torch.double)[:, None]
         mass = torch.trapezoid(some.log_prob(grid[..., None]).double().exp(), grid, dim=0).numpy()

@@ -106,6 +106,7 @@ class TablePreprocessor:
         num_numeric_: Columns of numbers in the matrix, the first.
         cardinalities_: Codes of each of the other columns.
         features_: What each column of the matrix holds, in words.
+        sources_: Which column of the table each of them comes from; None where there was nothing to learn from.
         notes_: What was dropped, and why, one sentence each.
 
     Raises:
@@ -160,6 +161,9 @@ class TablePreprocessor:
         if not numbers and not codes:  # nothing to learn from: the density of y alone
             self.num_numeric_, numbers = 1, ["nothing"]
         self.features_ = numbers + codes
+        of_numbers = [i for i, plan in enumerate(self._plans) for _ in plan.numbers]
+        of_codes = [i for i, plan in enumerate(self._plans) if plan.cardinalities]
+        self.sources_: list[int | None] = [*of_numbers, *of_codes] or [None]
 
     def _plan(self, column: Column, where: str) -> _Plan:
         missing = column.missing()
