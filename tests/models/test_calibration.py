@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -92,7 +93,9 @@ def test_temperature_repairs_a_wrong_spread(scale, sharper):
     x, y = wide(400, 0)
     wrong = model(scale)
     wrong.base.fit(y[:, None])
-    calibration = Calibration.fit(wrong(x), y)
+    # By three tenths of the true spread the best temperature lies beyond what is tried, which is said.
+    with nullcontext() if sharper else pytest.warns(UserWarning, match=r"inverse temperature 0.5 .* the end of what"):
+        calibration = Calibration.fit(wrong(x), y)
     assert (calibration.inverse_temperature > 1) is sharper
     x, y = wide(2000, 1)
     before, after = (-(p.log_prob(y).mean()) for p in (wrong(x), calibration(wrong(x))))
@@ -110,6 +113,25 @@ def test_a_share_is_chosen_where_targets_fall_into_holes():
 def test_few_rows_decide_nothing_but_buy_the_insurance():
     x, y = data(4)
     assert Calibration.fit(model()(x), y).base_share == 0.02
+
+
+@pytest.mark.parametrize("rows", [3, 5, 10])
+def test_few_rows_change_little_even_where_all_of_them_agree(rows):
+    """Targets at the mode say the same each, so that the standard error of their gain is nothing."""
+    x, _ = data(rows)
+    p = model()(x)
+    with pytest.warns(UserWarning, match="the end of what it tries"):
+        bold = Calibration.fit(p, p.mode, prior=0.0)
+    careful = Calibration.fit(p, p.mode)
+    assert bold.inverse_temperature == 2.0 and careful.inverse_temperature <= 1 + rows / 10
+
+
+def test_a_model_like_the_rows_pays_for_every_change():
+    """What the prior counts is KL(p || p_t): 0 for t = 1, and that of two Gaussians where p is one."""
+    x, y = data(50)
+    with pytest.raises(ValueError, match=r"prior is -1.0; expected a finite number of rows"):
+        Calibration.fit(model()(x), y, prior=-1.0)
+    assert Calibration.fit(model(0.3)(x), y, prior=1e6).inverse_temperature == 1
 
 
 def test_weights_count_rows():

@@ -7,14 +7,22 @@ training has not seen, by two numbers:
    \qquad r(x, y) = \frac{p_\text{model}(y|x)}{p_0(y)}
 
 where p₀ is the reference measure, the smooth marginal of the training targets (of several outputs: the product of
-theirs). t multiplies the energy relative to it:
-0 is the marginal, 1 the model. So it is the same in whatever units y is measured, the tails stay p₀'s, and Z is finite;
-where p(y|x) is almost as wide as p₀, t shifts it towards p₀ (or away), too, as a shrinkage does.
+theirs). t multiplies the energy relative to it: 0 is the marginal, 1 the model. So it is the same in whatever units y
+is measured; where p(y|x) is almost as wide as p₀, t shifts it towards p₀ (or away), too, as a shrinkage does.
+
+For t ≤ 1 the tempered density lies between two densities, so that Z ≤ 1 (Hölder) and its tails are theirs. For t > 1
+it would be p^t / p₀^(t-1), which nothing bounds beyond the training targets, where p₀ vanishes. There p₀ gives way to a
+floor, the density c that p₀ has where the targets end:
+
+.. math:: p^t / (p_0 + c)^{t-1} \le p \, (\max p / c)^{t-1}
+
+So it is proper, its tails are no heavier than the model's, and far out t is an inverse temperature in model space.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.nn import functional
 
 from energyreg.inference.cells import Cells
 from energyreg.inference.energy import ReferencedEnergy
@@ -34,10 +43,12 @@ from energyreg.models.predictive import PredictiveDistribution
 
 __all__ = ["Calibration", "ConformalIntervals", "ConformalRegions"]
 
+ENDS = 0.01
+"""Probability under the reference beyond each of the ends where its density is the floor."""
 POWERS = tuple(2 ** (i / 14) for i in range(-14, 15))
 """Inverse temperatures that are tried, from 1/2 to 2."""
-SHARES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
-"""Shares of the base that are tried, besides the least one."""
+BASE_WEIGHTS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
+"""Weights of the base that are tried, besides the least one."""
 BASE_POINTS = 64
 """Points that stand for the share of the base, where the others are samples."""
 
@@ -82,15 +93,18 @@ class CalibratedEnergy(ReferencedEnergy):
 
     def relative(self, u: Tensor) -> Tensor:
         """Return f - log p₀ at unit coordinates of the reference p₀, (*S, B, D) or (*S, 1, D) to (*S, B)."""
-        return self._calibrated(self.energy.relative(u))
+        needed = self.inverse_temperature > 1
+        log_p0 = self.reference.log_prob(self.reference.from_unit(u)) if needed else torch.zeros_like(u[..., 0])
+        return self._calibrated(self.energy.relative(u), log_p0)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""
-        reference = self.reference.log_prob(z)
-        return reference + self._calibrated(self.energy(z) - reference)
+        log_p0 = self.reference.log_prob(z)
+        value = log_p0 + self._calibrated(self.energy(z) - log_p0, log_p0)
+        return torch.where(log_p0 > -torch.inf, value, log_p0)  # outside a window nothing has any density
 
-    def _calibrated(self, relative: Tensor) -> Tensor:
-        tempered = self.inverse_temperature * relative
+    def _calibrated(self, relative: Tensor, log_p0: Tensor) -> Tensor:
+        tempered = _tempered(relative, log_p0, self.inverse_temperature, self.reference)
         if self.log_partition is None:
             return tempered
         tempered = tempered - self.log_partition.to(tempered.dtype)
@@ -137,45 +151,77 @@ class Calibration:
 
     @classmethod
     def fit(
-        cls, p: PredictiveDistribution, y: Any, sample_weight: Any = None, least_share: float | None = None
+        cls,
+        p: PredictiveDistribution,
+        y: Any,
+        sample_weight: Any = None,
+        least_share: float | None = None,
+        prior: float = 20.0,
     ) -> Calibration:
-        """Choose both by the likelihood of rows that the training has not seen.
+        r"""Choose both by the likelihood of rows that the training has not seen.
 
-        All pairs of a small grid are tried. The model stays as it is, but for the least share, unless the best pair
-        gains more than one standard error of its gain: small validation sets decide nothing.
+        All pairs (t, ε) of a small grid are tried. To the n rows come `prior` imagined ones that are as the model says,
+
+        .. math:: \max_{t, ε} \sum_i \log p_{t, ε}(y_i|x_i) - a \, \overline{KL}(p \| p_{t, ε})
+
+        so that few rows change little. And the model stays as it is, but for the least weight of the base, unless the
+        best pair gains more than one standard error of its gain.
 
         Args:
             p: What the model predicts for the validation rows.
             y: Their targets, shape (B, D), or (B,) for D = 1.
-            sample_weight: Weights of the rows, shape (B,).
-            least_share: Share of the base that is kept in any case. By default 1 / (2 B + 4), at most 0.02: where none
+            sample_weight: How many rows each stands for, shape (B,).
+            least_share: Weight of the base that is kept in any case. By default 1 / (2 B + 4), at most 0.02: where none
                 of B rows fell into a hole, the next one still may, and the price of this insurance is 1 / (2 B) nats.
+            prior: How many rows the model itself counts as, a.
 
         Raises:
             ValueError: If an argument cannot be used.
+
+        Warns:
+            UserWarning: If the best value is the end of what is tried, so that the model is far from calibrated.
         """
         count = p.batch_shape[0]
         targets = p.as_targets(y)
+        if not 0 <= prior < math.inf:
+            raise ValueError(f"prior is {prior}; expected a finite number of rows ≥ 0.")
         weight = torch.ones(count, dtype=torch.double) if sample_weight is None else torch.as_tensor(sample_weight)
         if weight.shape != (count,) or not bool((weight >= 0).all()) or not float(weight.sum()) > 0:
             raise ValueError(
                 f"sample_weight has shape {tuple(weight.shape)}; expected ({count},) numbers ≥ 0, not all of them 0."
             )
-        weight = weight.double() / weight.double().mean()
+        rows = weight.double()
+        weight = rows / rows.mean()
         least = min(1 / (2 * count + 4), 0.02) if least_share is None else least_share
         as_it_is = cls(1.0, least)
-        relative, log_partitions = _tempered(p, targets)
+        log_density, divergence = _powers(p, targets)
         loss = {
-            (power, share): -_log_calibrated(power * relative - log_z, share)
-            for power, log_z in zip(POWERS, log_partitions, strict=True)
-            for share in (least, *(share for share in SHARES if share > least))
+            (power, share): -_log_calibrated(tempered, share)
+            for power, tempered in zip(POWERS, log_density, strict=True)
+            for share in (least, *(share for share in BASE_WEIGHTS if share > least))
         }
-        best = min(loss, key=lambda pair: float((weight * loss[pair]).mean()))
+        cost = dict(zip(POWERS, divergence.mean(1).tolist(), strict=True))
+
+        def penalised(pair: tuple[float, float]) -> float:
+            # KL(p || p_tε) ≤ KL(p || p_t) - log(1 - ε)
+            return float((rows * loss[pair]).sum()) + prior * (cost[pair[0]] - math.log1p(-pair[1]))
+
+        best = min(loss, key=penalised)
         gain = weight * (loss[1.0, least] - loss[best])
         if not bool(gain.isfinite().all()) or count < 2:
             return as_it_is
-        clear = float(gain.mean()) > float(gain.std()) / math.sqrt(count)
-        return cls(*best) if clear else as_it_is
+        if not float(gain.mean()) > float(gain.std()) / math.sqrt(count):
+            return as_it_is
+        ends = {"inverse temperature": (POWERS[0], POWERS[-1]), "weight of the base": BASE_WEIGHTS[-1:]}
+        for (name, last), value in zip(ends.items(), best, strict=True):
+            if value in last:
+                warnings.warn(
+                    f"The calibration chose the {name} {value:.3g} by {count} held-out rows, the end of what it tries: "
+                    "the model is far from calibrated. Look at its scores on these rows, and train it longer or with "
+                    "other settings.",
+                    stacklevel=2,
+                )
+        return cls(*best)
 
     def __call__(self, p: PredictiveDistribution) -> PredictiveDistribution:
         """Return the calibrated distribution of the same rows; p itself where there is nothing to change."""
@@ -223,8 +269,9 @@ class CalibratedDistribution(PredictiveDistribution):
             else:
 
                 def log_tempered(block: RowBlock) -> Tensor:
-                    log_weights, relative = _weights_and_relative(block)
-                    return t * block.log_partition + (log_weights + (t - 1) * relative).logsumexp(0)
+                    log_weights, relative, log_p0 = _weights_and_relative(block)
+                    change = _tempered(relative, log_p0, t, block.f.reference) - relative
+                    return t * block.log_partition + (log_weights + change).logsumexp(0)
 
                 self._tempered = p.gather(log_tempered)
         return self._tempered
@@ -238,8 +285,8 @@ class CalibratedDistribution(PredictiveDistribution):
             return super().integrate(f, rows)
         p, t, weight = self.uncalibrated, self.calibration.inverse_temperature, self.calibration.base_share
         block = p.block(rows)
-        log_weights, relative = _weights_and_relative(block)
-        log_weights = (log_weights + (t - 1) * relative).log_softmax(0)
+        log_weights, relative, log_p0 = _weights_and_relative(block)
+        log_weights = (log_weights + _tempered(relative, log_p0, t, f.reference) - relative).log_softmax(0)
         y, independent = block.nodes.y, block.nodes.independent
         if weight == 0:
             return WeightedPoints(y, log_weights.to(self.dtype), independent)
@@ -257,14 +304,35 @@ def _by_quadrature(p: PredictiveDistribution) -> bool:
     return isinstance(p.integrator, (AdaptiveQuadrature, StratifiedQuadrature))
 
 
-def _weights_and_relative(block: RowBlock) -> tuple[Tensor, Tensor]:
-    """Normalised log-weights of the nodes and their log-density relative to the reference, (M, B) both, in double."""
+def log_floor(reference: Any) -> Tensor:
+    """Log of the density that a reference has where the training targets end, shape ().
+
+    In each dimension the lower of those at its two ends, while the other dimensions are at their medians.
+    """
+    dim = len(reference.periodic)
+    at = torch.full((2 * dim + 1, 1, dim), 0.5, device=next(reference.buffers()).device)
+    for d in range(dim):
+        at[2 * d, 0, d], at[2 * d + 1, 0, d] = ENDS, 1 - ENDS
+    log_p0 = reference.log_prob(reference.from_unit(at))[:, 0]
+    return log_p0[-1] + (log_p0[:-1].reshape(dim, 2).amin(1) - log_p0[-1]).sum()
+
+
+def _tempered(relative: Tensor, log_p0: Tensor, t: float, reference: Any) -> Tensor:
+    """Log of the tempered density relative to p₀, up to log Z, from that of the density itself."""
+    if t <= 1:
+        return t * relative
+    return t * relative - (t - 1) * functional.softplus(log_floor(reference).to(log_p0.dtype) - log_p0)
+
+
+def _weights_and_relative(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised log-weights of the nodes, their log-density relative to p₀, and log p₀; (M, B) each, in double."""
     log_weights = block.nodes.log_weights.double().log_softmax(0)
     z = block.nodes.y.to(block.dtype)
-    jacobian = block.space.log_abs_det_jacobian(block.space.to_user(z)) + block.f.reference.log_prob(z).double()
+    log_p0 = block.f.reference.log_prob(z).double()
+    jacobian = block.space.log_abs_det_jacobian(block.space.to_user(z)) + log_p0
     relative = block.point_density().double() - block.log_partition.double() - jacobian
     # A point of no weight stays one, whatever the power.
-    return log_weights, torch.where(log_weights > -torch.inf, relative, torch.zeros_like(relative))
+    return log_weights, torch.where(log_weights > -torch.inf, relative, torch.zeros_like(relative)), log_p0
 
 
 def _log_calibrated(log_density: Tensor, share: float) -> Tensor:
@@ -273,21 +341,28 @@ def _log_calibrated(log_density: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_density + math.log1p(-share), torch.full_like(log_density, math.log(share)))
 
 
-def _tempered(p: PredictiveDistribution, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-density of p at the targets relative to the reference, (B,), and log Z of each power of it, (P, B)."""
+def _powers(p: PredictiveDistribution, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each power of p: log-density at the targets relative to p₀, and the divergence of p from it, (P, B) both."""
 
     def columns(block: RowBlock) -> Tensor:
-        nodes, z = block.nodes, p.space.to_model(y[block.rows]).to(p.dtype)
-        at_target = (block.f(z) - block.f.reference.log_prob(z)).double()
+        nodes, reference, z = block.nodes, block.f.reference, p.space.to_model(y[block.rows]).to(p.dtype)
+        log_p0 = reference.log_prob(z)
+        at_target, log_p0 = (block.f(z) - log_p0).double(), log_p0.double()
         if isinstance(nodes, Cells):
             log_z = nodes.log_masses.double().logsumexp(0)
             log_weights = nodes.log_masses.double() - log_z
             relative, at_target = log_weights - nodes.log_widths, at_target - log_z
+            node_log_p0 = reference.log_prob(nodes.y.to(p.dtype)).double()
         else:
-            log_weights, relative = _weights_and_relative(block)
+            log_weights, relative, node_log_p0 = _weights_and_relative(block)
             at_target = at_target - block.log_partition.double()
-        log_zs = torch.stack([(log_weights + (t - 1) * relative).logsumexp(0) for t in POWERS])
-        return torch.cat([at_target[None], log_zs]).T
+        found, masses = [], log_weights.exp()
+        for t in POWERS:
+            change = _tempered(relative, node_log_p0, t, reference) - relative
+            log_z = (log_weights + change).logsumexp(0)
+            divergence = log_z - torch.where(masses > 0, masses * change, 0.0).sum(0)
+            found += [_tempered(at_target, log_p0, t, reference) - log_z, divergence]
+        return torch.stack(found, -1)
 
     both = p.gather(columns).cpu().T
-    return both[0], both[1:]
+    return both[::2], both[1::2]
