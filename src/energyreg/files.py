@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -174,30 +175,48 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
         FileNotFoundError: If there is no such file.
         CheckpointError: If the file is damaged, of another kind, or of another format version.
     """
-    from safetensors import SafetensorError, safe_open
+    import safetensors.torch
 
-    if path.is_dir():
-        raise CheckpointError(f"Cannot load {str(path)!r}: it is a folder; expected a file that save() wrote.")
-    if not path.exists():
-        folder = " (a folder of that name without the suffix exists, but a model is one file)"
-        hint = folder if path.with_suffix("").is_dir() else ""
-        raise FileNotFoundError(errno.ENOENT, f"There is no such file{hint}", str(path))
+    content = _read_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata, kind)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+        tensors = safetensors.torch.load(content)
+    except Exception as error:  # SafetensorError, and for tensors of types that torch lacks KeyError
         raise CheckpointError(
             f"Cannot load {str(path)!r}: not a complete safetensors file ({error}). It is damaged, cut short, or of "
             "another kind; copy it again, or save the model again."
         ) from None
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    _check_format(path, metadata, kind)
     if digest(tensors, metadata) != metadata.get("sha256"):
         raise CheckpointError(
             f"Cannot load {str(path)!r}: its content does not match its checksum. It was damaged or changed after it "
             "was written; copy it again, or save the model again."
         )
     return tensors, metadata
+
+
+def _read_file(path: Path) -> bytes:
+    """All bytes of a file, read once: a mapped file that shrinks while it is looked at ends the process."""
+
+    def regular(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would wait for one
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(descriptor)
+            what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise CheckpointError(f"Cannot load {str(path)!r}: it is {what}; expected a file that save() wrote.")
+        return descriptor
+
+    try:
+        with open(path, "rb", opener=regular) as file:
+            return file.read()
+    except FileNotFoundError:
+        folder = " (a folder of that name without the suffix exists, but a model is one file)"
+        hint = folder if path.with_suffix("").is_dir() else ""
+        raise FileNotFoundError(errno.ENOENT, f"There is no such file{hint}", str(path)) from None
+    except OSError as error:
+        raise CheckpointError(f"Cannot load {str(path)!r}: {error.strerror or error}.") from error
 
 
 def _check_format(path: Path, metadata: Mapping[str, str], kind: str) -> None:

@@ -138,6 +138,8 @@ class Marginal(nn.Module):
             raise ValueError(f"broad_scale is {broad_scale}; expected a number > 0.")
         if num_knots < 256:
             raise ValueError(f"num_knots is {num_knots}; expected at least 256.")
+        if num_components > num_knots:
+            raise ValueError(f"num_components is {num_components}; expected at most num_knots, {num_knots}.")
         self.dim, self.periodic = dim, periodic_flags(dim, periodic)
         self.num_components, self.broad_share, self.broad_scale = num_components, broad_share, broad_scale
         self.num_knots = num_knots
@@ -150,6 +152,8 @@ class Marginal(nn.Module):
         if self.slabs:
             self.register_buffer("slab_ends", torch.tensor(self.slabs))
             self.register_buffer("slab_shares", torch.zeros(len(self.slabs)))
+        if self.start.is_meta:  # sizes without values, as `energyreg.load` asks for them first
+            return
         # A standard normal target until `fit`, so that an unfitted model is a model too.
         normal = torch.special.ndtri((torch.arange(512, dtype=torch.double) + 0.5) / 512)
         circle = (torch.arange(512, dtype=torch.double) + 0.5) / 512 * 2 * math.pi - math.pi

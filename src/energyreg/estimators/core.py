@@ -9,16 +9,18 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
 
+from energyreg.checks import check_type
 from energyreg.estimators.columns import check_features
 from energyreg.estimators.learning import Rows, Validation, learn
 from energyreg.estimators.linear import LinearGaussian
 from energyreg.estimators.members import integrator_of, weights_of
 from energyreg.estimators.settings import Settings, check_whole, find_device, is_number, threads
+from energyreg.estimators.state import State, available, check_state
 from energyreg.estimators.targets import Target
 from energyreg.estimators.time_budget import ROWS_OF_SEVERAL
 from energyreg.models import checkpoint
@@ -80,6 +82,9 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
 
     Long: the methods of scikit-learn's API, most of whose lines say what they take and return.
     """
+
+    not_in_files: ClassVar[tuple[str, ...]] = ()
+    """Parameters by which a later `fit` reads, writes or runs something: a file holds None for them."""
 
     model_: Any
     target_: Target
@@ -403,7 +408,9 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
             FileNotFoundError: If there is no such file.
             energyreg.CheckpointError: If the file is damaged, or no estimator's.
         """
-        return cls.from_state(*checkpoint.load_estimator(path))
+        model, state = checkpoint.load_estimator(path)
+        with checkpoint.reading(path):
+            return cls.from_state(model, state)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as they are now; lists are copied."""
@@ -416,7 +423,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         if not isinstance(parameters["random_state"], int):  # a generator cannot be stored
             parameters["random_state"] = None
         return {
-            "parameters": parameters,
+            "parameters": parameters | dict.fromkeys(self.not_in_files),
             "preprocessor": self.preprocessor_.state(),
             "feature_names": self.feature_names_in_.tolist() if hasattr(self, "feature_names_in_") else None,
             "n_features": self.n_features_in_,
@@ -437,8 +444,16 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
 
     @classmethod
     def from_state(cls, model: Any, state: dict[str, Any]) -> Self:
-        """The estimator of a model, and of the rest of what a file holds."""
-        self = cls(**state["parameters"])
+        """The estimator of a model, and of the rest of what a file holds.
+
+        Raises:
+            ValueError: If the two do not make one. Other errors may be raised, too, by a state that is damaged.
+        """
+        check_type("state", state, State, finite=False)
+        self = cls(**state["parameters"] | dict.fromkeys(cls.not_in_files))
+        self._settings()
+        if state["n_outputs"] != model.space.dim:
+            raise ValueError(f"n_outputs is {state['n_outputs']}, but the model has {model.space.dim}")
         self.fitted_parameters_ = self.parameters()
         self.model_ = model
         self.preprocessor_ = TablePreprocessor.from_state(state["preprocessor"])
@@ -461,10 +476,20 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         for kind, name in ((ConformalRegions, "conformal_regions_"), (ConformalIntervals, "conformal_intervals_")):
             if name in state["conformal"]:
                 setattr(self, name, kind.from_scores(self._distribution, np.asarray(state["conformal"][name])))
-        self.model_.to(find_device(self.device))
+        check_state(self)
+        self.model_.to(available(find_device(self.device)))
         if self.n_outputs_ == 1:
             self.model_.double()
+        self.model_(np.zeros((1, self._width())))  # the inputs fit the model
         return self
+
+    def _settings(self) -> Settings:
+        """The parameters of the training, after a check of all."""
+        return Settings.of(self)
+
+    def _width(self) -> int:
+        """Numbers of an input of the model."""
+        return self.preprocessor_.num_numeric_ + len(self.preprocessor_.cardinalities_)
 
 
 @undone_on_failure

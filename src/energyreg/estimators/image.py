@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from energyreg.checks import check_type
 from energyreg.estimators.columns import encode_table
 from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows, undone_on_failure
 from energyreg.estimators.learning import Rows, check_weights, prepare
 from energyreg.estimators.settings import Settings, check_whole, find_device, threads
+from energyreg.estimators.state import State
 from energyreg.estimators.table import EnergyRegressor
 from energyreg.images.features import extract_features, file_key
 from energyreg.images.files import ImageFiles, explain_memory, image_loader
@@ -36,6 +38,13 @@ __all__ = ["ImageRegressor", "load_estimator"]
 
 FINE_TUNING_EPOCHS = 10
 """Epochs of the fine-tuning where `fine_tune` is True."""
+
+
+class ImageState(State):
+    """What a file of an :class:`ImageRegressor` holds besides the model."""
+
+    encoder: ImageEncoder
+    skipped: dict[str, str]
 
 
 class ImageRegressor(DensityRegressor):
@@ -89,6 +98,9 @@ class ImageRegressor(DensityRegressor):
     >>> regressor.fit(["a.jpg", "b.jpg"], [31, 58])  # doctest: +SKIP
     >>> regressor.predict_interval(["c.jpg"], 0.9)  # doctest: +SKIP
     """
+
+    # The network itself is in the file; what follows is of use in a fit, or belongs to one machine.
+    not_in_files = ("weights", "augment", "folder", "cache", "checkpoint_dir")
 
     def __init__(
         self,
@@ -377,13 +389,8 @@ class ImageRegressor(DensityRegressor):
     def state(self) -> dict[str, Any]:
         """What a file holds besides the model."""
         state = super().state()
-        parameters = state["parameters"]
-        for name in ("folder", "cache", "checkpoint_dir"):
-            parameters[name] = None if parameters[name] is None else os.fspath(parameters[name])
-        # The file has the network itself; the augmentation was of use in training only.
-        parameters |= {"augment": None, "weights": None}
-        if isinstance(parameters["backbone"], nn.Module):
-            parameters["backbone"] = None
+        if isinstance(state["parameters"]["backbone"], nn.Module):
+            state["parameters"]["backbone"] = None
         return {**state, "encoder": self.encoder_, "skipped": self.skipped_}
 
     @classmethod
@@ -404,14 +411,17 @@ class ImageRegressor(DensityRegressor):
             raise checkpoint.CheckpointError(
                 f"Cannot load {os.fspath(path)!r}: it is an EnergyRegressor, for tables; read it by its load()."
             )
-        return cls.from_state(model, state)
+        with checkpoint.reading(path):
+            return cls.from_state(model, state)
 
     @classmethod
     def from_state(cls, model: Any, state: dict[str, Any]) -> Self:
         """The estimator of a model, and of the rest of what a file holds."""
+        check_type("state", state, ImageState, finite=False)
         self = super().from_state(model, state)
-        self.encoder_, self.skipped_ = state["encoder"], state["skipped"]
-        self.fine_tuning_ = None
+        self.encoder_, self.skipped_, self.fine_tuning_ = state["encoder"], state["skipped"], None
+        if self.encoder_.num_features != self.n_features_in_:
+            raise ValueError("encoder contradicts the rest")
         return self
 
 
@@ -431,7 +441,8 @@ def load_estimator(path: str | os.PathLike[str]) -> tuple[DensityRegressor, dict
     """
     model, state = checkpoint.load_estimator(path)
     kind: type[DensityRegressor] = ImageRegressor if isinstance(state.get("encoder"), ImageEncoder) else EnergyRegressor
-    return kind.from_state(model, state), state
+    with checkpoint.reading(path):
+        return kind.from_state(model, state), state
 
 
 def _of_features(encoder: Any) -> VectorEncoder:

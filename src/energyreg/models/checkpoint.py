@@ -3,37 +3,49 @@
 The file holds the tensors of ``model.state_dict()`` and, as its metadata, the constructor arguments of every part of
 the model as JSON. Loading calls the constructors of this library's own classes with these arguments, and nothing else:
 a part that is not the library's is handed to :func:`load` by the caller. A checksum over everything detects damage. It
-is no signature: whoever can write the file can write a valid one, with other weights, but not one that runs code.
+is no signature: whoever can write the file can write a valid one, with other weights.
+
+So a file is data, not a programme. What it describes is of the types that the constructors are annotated with. An
+argument that may be a path does I/O: it is never stored, and refused where a file has it. The model is built without
+memory first (on torch's device "meta"), and only where all tensors fit their places are they allocated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import threading
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from energyreg import files
+from energyreg.checks import check_type
 from energyreg.densities import bases, spaces
 from energyreg.files import CheckpointError, read_tensors, version, with_suffix, write_tensors
 from energyreg.models.chain import ChainEncoder, EnergyChain
-from energyreg.models.ensemble import EnergyEnsemble
+from energyreg.models.ensemble import EnergyEnsemble, disagreement
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.networks import encoders, heads, image_encoders, proposals
 
 __all__ = [
     "CheckpointError",
+    "check_sizes",
     "load",
     "load_estimator",
     "load_training_state",
+    "reading",
     "save",
     "save_estimator",
     "save_training_state",
@@ -57,6 +69,11 @@ KNOWN_CLASSES: tuple[type[nn.Module], ...] = (
 )
 PARTS = ("encoder", "head", "proposal", "base", "space")
 Model: TypeAlias = EnergyRegressionModel | EnergyEnsemble | EnergyChain
+LARGEST_SIZE = 2**16
+"""A size that may be described whatever tensors a file has."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SPARE_ELEMENTS, SPARE_MODULES = 2**25, 2000
+"""Numbers and parts that may be made beyond those that a file has: a classifier, say, that is left out afterwards."""
 # Where a model stands in a description: by itself, as a member of an ensemble, or as a factor of a chain.
 MODEL_PLACE = re.compile(r"model(\.factors\[\d+\])?(\.members\[\d+\])?")
 
@@ -88,6 +105,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> Path:
             "safetensors.torch.save_file(module.state_dict(), path)."
         )
     config = json.dumps(_describe(model, "model", {}), allow_nan=False)
+    _check_finite(model)
     write_tensors(path, model.state_dict(), files.MODEL, {"config": config})
     return path
 
@@ -129,24 +147,43 @@ def load(
     path = with_suffix(path)
     tensors, metadata = read_tensors(path, files.MODEL)
     parts = dict(zip(PARTS, (encoder, head, proposal, base, space), strict=True))
-    return _build(path, tensors, metadata, parts).to(map_location).eval()
+    with reading(path):
+        model = _build(metadata["config"], tensors, parts)
+    return model.to(map_location).eval()
 
 
-def _build(
-    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str], parts: Mapping[str, nn.Module | None]
-) -> Model:
-    """The model that a file describes, with its tensors."""
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns whatever is wrong with the content of a file into a CheckpointError that names the file.
+
+    Raises:
+        CheckpointError: If something is raised inside.
+    """
     try:
-        config = json.loads(metadata["config"])
-        # Constructors draw initial weights; the caller's random state is none of their business.
-        with torch.random.fork_rng(devices=[]):
-            model = _Builder(parts).build(config)
-        if not isinstance(model, (EnergyRegressionModel, EnergyEnsemble, EnergyChain)):
-            raise _DescriptionError(f"it describes a {type(model).__name__}, not an EnergyRegressionModel.")
-        _fill(model, tensors)
-    except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
-        what = error if isinstance(error, _DescriptionError) else f"its description cannot be read ({error!r})"
-        raise CheckpointError(f"Cannot load {str(path)!r}: {what}") from None
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # constructors raise whatever they find first
+        what = str(error) if isinstance(error, ValueError) else repr(error)
+        what = str(error) if isinstance(error, _DescriptionError) else f"its description cannot be read: {what:.500}."
+        raise CheckpointError(f"Cannot load {os.fspath(path)!r}: {what}") from error
+
+
+def _build(description: str, tensors: dict[str, Tensor], parts: Mapping[str, nn.Module | None]) -> Model:
+    """The model that a file describes, with its tensors."""
+    config = json.loads(description)
+    # Constructors draw initial weights; the caller's random state is none of their business.
+    with torch.random.fork_rng(devices=[]), _no_more_than(tensors):
+        check_sizes(lambda: _Builder(parts, tensors).build(config), tensors)
+        model = _Builder(parts, tensors).build(config)
+    if not isinstance(model, (EnergyRegressionModel, EnergyEnsemble, EnergyChain)):
+        raise _DescriptionError(f"it describes a {type(model).__name__}, not an EnergyRegressionModel.")
+    _fill(model, tensors)
+    for ensemble in model.modules():
+        members = ensemble.models() if isinstance(ensemble, EnergyEnsemble) else []
+        for number, member in enumerate(members):
+            if (difference := disagreement(members[0], member)) is not None:
+                raise _DescriptionError(f"members[0] and members[{number}] have different {difference}.")
     return model
 
 
@@ -172,8 +209,10 @@ def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLi
         "state": json.dumps(_describe(dict(state), "state", {}), allow_nan=False),
     }
     tensors = dict(model.state_dict())
+    _check_finite(model)
     for name, part in state.items():
         if isinstance(part, nn.Module):
+            _check_finite(part)
             tensors |= {f"{STATE}{name}.{key}": tensor for key, tensor in part.state_dict().items()}
     write_tensors(path, tensors, files.ESTIMATOR, metadata)
     return path
@@ -199,21 +238,31 @@ def load_estimator(
     path = with_suffix(path)
     tensors, metadata = read_tensors(path, files.ESTIMATOR)
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(STATE)}
-    model = _build(path, {name: tensors[name] for name in tensors if name not in inside}, metadata, {})
-    try:
+    with reading(path):
+        model = _build(metadata["config"], {name: tensors[name] for name in tensors if name not in inside}, {})
         description = json.loads(metadata["state"])
+        check_type("state", description, _StateNode)
         given = {name: part for name, part in (parts or {}).items() if description["dict"].pop(name, None)}
-        with torch.random.fork_rng(devices=[]):
-            state = {**_Builder({}).build(description, "state"), **given}
+        for name, node in description["dict"].items():
+            if isinstance(node, dict) and "class" in node:
+                check_sizes(functools.partial(_Builder({}, inside).build, node), _below(f"{STATE}{name}.", inside))
+        with torch.random.fork_rng(devices=[]), _no_more_than(inside):
+            state = _Builder({}, inside).build(description, "state") | given
         for name, part in state.items():
             if isinstance(part, nn.Module):
-                prefix = f"{STATE}{name}."
-                _fill(part, {key.removeprefix(prefix): inside[key] for key in inside if key.startswith(prefix)})
+                _fill(part, _below(f"{STATE}{name}.", inside))
                 part.eval()
-    except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
-        what = error if isinstance(error, _DescriptionError) else repr(error)
-        raise CheckpointError(f"Cannot load {str(path)!r}: its description cannot be read ({what}).") from None
     return model.eval(), state
+
+
+class _StateNode(typing.TypedDict):
+    """How a dict is described."""
+
+    dict: dict[str, Any]
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def save_training_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -259,10 +308,10 @@ def load_training_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor]
 def load_state(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As :func:`load_training_state`, for a file of another kind."""
     tensors, metadata = read_tensors(Path(path), kind)
-    try:
-        state = _Builder({}).build(json.loads(metadata["state"]))
-    except (_DescriptionError, KeyError, RecursionError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"Cannot load {str(path)!r}: its description cannot be read ({error!r}).") from None
+    with reading(path):
+        description = json.loads(metadata["state"])
+        check_type("state", description, _StateNode)
+        state = _Builder({}).build(description, "state")
     return tensors, state
 
 
@@ -270,7 +319,7 @@ def load_state(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tenso
 # back
 
 
-class _DescriptionError(Exception):
+class _DescriptionError(ValueError):
     """The description in a file does not make a model; `load` adds the path."""
 
 
@@ -303,7 +352,10 @@ def _describe(value: Any, where: str, seen: dict[int, int]) -> Any:
 
 def _arguments(module: nn.Module, where: str, seen: dict[int, int]) -> dict[str, Any]:
     arguments = {}
+    hints = typing.get_type_hints(type(module).__init__)
     for name in list(inspect.signature(type(module).__init__).parameters)[1:]:
+        if _may_be_a_path(hints.get(name)):
+            continue
         if not hasattr(module, name):
             raise CheckpointError(
                 f"Cannot save: {where} is a {type(module).__name__}, which does not keep its argument {name!r} under "
@@ -321,7 +373,8 @@ def _qualified_name(value: Any) -> str:
 class _Builder:
     """Turns a description into objects: plain values, and modules of KNOWN_CLASSES."""
 
-    def __init__(self, parts: Mapping[str, nn.Module | None]) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module | None], tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.largest = max(LARGEST_SIZE, sum(tensor.numel() for tensor in (tensors or {}).values()))
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.classes = {kind.__name__: kind for kind in KNOWN_CLASSES}
         self.built: dict[int, Any] = {}
@@ -365,18 +418,37 @@ class _Builder:
             raise _DescriptionError(
                 f"{where} is a {name} with the argument {unknown[0]!r}, which this version does not know."
             )
+        hints = typing.get_type_hints(kind.__init__)
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
-        for argument, node in arguments.items():
-            value = self.argument(argument, node, where)
-            if signature[argument].kind is inspect.Parameter.VAR_POSITIONAL:
-                positional.extend(value)
-            else:
-                keywords[argument] = value
         try:
+            for argument, node in arguments.items():
+                value, hint = self.argument(argument, node, where), hints.get(argument, Any)
+                several = signature[argument].kind is inspect.Parameter.VAR_POSITIONAL
+                if _may_be_a_path(hint) and value is not None:
+                    raise _DescriptionError(
+                        f"{where} is a {name} with {argument} = {value!r:.80}; a file holds its weights itself, and "
+                        "cannot name others."
+                    )
+                check_type(argument, value, list[hint] if several else hint)  # type: ignore[valid-type]
+                self.check_size(argument, value, hint)
+                if several:
+                    positional.extend(value)
+                else:
+                    keywords[argument] = value
             return kind(*positional, **keywords)
+        except _DescriptionError:
+            raise
         except Exception as error:
             raise _DescriptionError(f"{where} cannot be built as a {name}: {error}") from error
+
+    def check_size(self, name: str, value: Any, hint: Any) -> None:
+        """Refuse whole numbers, where no float would do, that are beyond all that the tensors can be the sizes of."""
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                self.check_size(name, item, hint)
+        elif isinstance(value, int) and abs(value) > self.largest and "float" not in str(hint):
+            raise ValueError(f"{name} is {value}; expected no more than the file has numbers")
 
     def argument(self, name: str, node: Any, where: str) -> Any:
         if not MODEL_PLACE.fullmatch(where) or name not in self.parts:
@@ -405,8 +477,70 @@ def _first_custom(node: Any) -> str | None:
     return next((name for child in children if (name := _first_custom(child)) is not None), None)
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the tensors, with their dtypes; buffers whose size comes from the data take the stored size."""
+def _may_be_a_path(hint: Any) -> bool:
+    """Whether an argument of this annotation may be a path, so that what it is for is I/O."""
+    return os.PathLike in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
+
+
+@contextlib.contextmanager
+def _no_more_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Ends constructors in this thread that make far more than a file has tensors for: a depth of 10⁹ has no end."""
+    elements = SPARE_ELEMENTS + 2 * sum(tensor.numel() for tensor in tensors.values())
+    things, thread = SPARE_MODULES + 40 * len(tensors), threading.get_ident()
+
+    def count(module: nn.Module, name: str, thing: Any) -> None:
+        nonlocal elements, things
+        if threading.get_ident() == thread and thing is not None:
+            things -= 1
+            elements -= thing.numel() if isinstance(thing, Tensor) else 0
+            if things < 0 or elements < 0:
+                raise _DescriptionError("its description is of a far larger model than the file has tensors for.")
+
+    with contextlib.ExitStack() as hooks:
+        for register in (
+            registration.register_module_parameter_registration_hook,
+            registration.register_module_buffer_registration_hook,
+            registration.register_module_module_registration_hook,
+        ):
+            hooks.callback(register(count).remove)
+        yield
+
+
+def check_sizes(make: Callable[[], Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a description whose tensors are not those of the file, before any memory is taken for them.
+
+    Args:
+        make: Makes the module; called on the device "meta", where tensors have sizes and no values.
+        tensors: The tensors of the file.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), _no_more_than(tensors), torch.device("meta"):
+            model = make()
+    except _DescriptionError as error:
+        if "meta tensor" in str(error.__cause__):  # a network that cannot be built there
+            return
+        raise
+    if not isinstance(model, nn.Module):
+        raise _DescriptionError(f"it describes a {type(model).__name__}, not a model.")
+    _compare(model, tensors)
+
+
+def _check_finite(model: nn.Module, saving: bool = True) -> None:
+    """Refuse weights, and numbers of this library's modules, that are not finite; and NaN in those of others."""
+    for prefix, module in model.named_modules():
+        for named, ours in ((module.named_parameters, True), (module.named_buffers, type(module) in KNOWN_CLASSES)):
+            for key, tensor in named(recurse=False):
+                if tensor.is_floating_point() and bool((~tensor.isfinite() if ours else tensor.isnan()).any()):
+                    place = f"{prefix}.{key}" if prefix else key
+                    text = f"{place!r} has values that are not finite, such as NaN."
+                    raise CheckpointError(f"Cannot save: {text}") if saving else _DescriptionError(text)
+
+
+def _compare(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of the model; buffers of modules that are not ours may have another size."""
     names = set(model.state_dict())
     if missing := sorted(names - set(tensors)):
         raise _DescriptionError(
@@ -416,12 +550,31 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         raise _DescriptionError(
             f"its tensor {unexpected[0]!r} (and {len(unexpected) - 1} others) is not part of the model."
         )
-    for name, parameter in model.named_parameters():
-        if parameter.shape != tensors[name].shape:
-            raise _DescriptionError(
-                f"{name!r} has shape {tuple(tensors[name].shape)} in the file, but {tuple(parameter.shape)} in the "
-                "model."
-            )
+    for prefix, module in model.named_modules():
+        places = dict(module.named_parameters(recurse=False))
+        if type(module) in KNOWN_CLASSES:
+            places |= dict(module.named_buffers(recurse=False))
+        for key, tensor in places.items():
+            name = f"{prefix}.{key}" if prefix else key
+            if name not in names:  # a buffer that is not stored
+                continue
+            mine, stored = (f"shape {tuple(one.shape)}" for one in (tensor, tensors[name]))
+            if mine == stored and _kind(tensor) != _kind(tensors[name]):
+                mine, stored = f"type {tensor.dtype}", f"type {tensors[name].dtype}"
+            if mine != stored:
+                raise _DescriptionError(
+                    f"{name!r} has {stored} in the file, but {mine.removeprefix('shape ')} in the model."
+                )
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor of a file must share with that of the model: floats may be of another precision."""
+    return "float" if tensor.dtype in FLOATS else str(tensor.dtype)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load the tensors, with their dtypes."""
+    _compare(model, tensors)
     dtypes = {tensors[name].dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     if len(dtypes) == 1:
         # As the caller did once; this reaches the buffers that are not stored, too.
@@ -435,6 +588,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             if stored is not None and (buffer.shape, buffer.dtype) != (stored.shape, stored.dtype):
                 setattr(module, key, torch.empty_like(stored, device=buffer.device))
     model.load_state_dict(tensors)
+    _check_finite(model, saving=False)
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from energyreg.checks import check_count
+from energyreg.checks import check_count, check_type
 from energyreg.errors import DataError
 from energyreg.tables.columns import KINDS, Column, labels_of, read_columns
 
@@ -58,6 +58,10 @@ class _Number:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        if self.part not in PARTS or not self.scale > 0 or not self.low < self.high:
+            raise ValueError(f"a column of numbers is described by {self}")
+
 
 @dataclass
 class _Plan:
@@ -79,12 +83,33 @@ class _Plan:
     levels: list[str] | None = None
     missing_level: bool = False
 
+    def __post_init__(self) -> None:
+        parts = {"time": TIME_PARTS, "number": ("value",), "duration": ("value",)}.get(self.kind, ())
+        numeric = bool(parts) and not self.categorical and self.levels is None
+        known = self.kind in KINDS or self.kind == "missing"
+        if (
+            not known
+            or ((self.numbers or self.indicator) and not numeric)
+            or any(n.part not in parts for n in self.numbers)
+        ):
+            raise ValueError(f"a column is described by {self!r:.200}")
+
     @property
     def cardinalities(self) -> list[int]:
         """Codes of each column of categories that it gives."""
         if self.levels is not None:
             return [1 + len(self.levels) + self.missing_level]
         return [2] if self.indicator else []
+
+
+class _State(TypedDict):
+    """What a file holds of a preprocessor."""
+
+    max_levels: int
+    min_count: int
+    names: list[str] | None
+    notes: list[str]
+    plans: list[_Plan]
 
 
 class TablePreprocessor:
@@ -289,12 +314,15 @@ class TablePreprocessor:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> TablePreprocessor:
         """The fitted preprocessor that had this state."""
+        check_type("preprocessor", state, _State)
         self = cls(state["max_levels"], state["min_count"])
         self.names_, self.notes_ = state["names"], list(state["notes"])
         self._plans = [
             _Plan(**{**plan, "numbers": [_Number(**number) for number in plan["numbers"]]}) for plan in state["plans"]
         ]
         self.num_columns_ = len(self._plans)
+        if self.names_ is not None and (len(self.names_), len(set(self.names_))) != (self.num_columns_,) * 2:
+            raise ValueError(f"preprocessor has {len(self.names_)} names of {self.num_columns_} columns")
         self._describe()
         return self
 

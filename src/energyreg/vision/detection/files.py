@@ -6,18 +6,49 @@ import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
+from energyreg.checks import check_type
 from energyreg.densities.noise import GaussianNoise
 from energyreg.files import BOX_HEAD, CheckpointError, fingerprint, with_suffix
-from energyreg.models.checkpoint import load_state, save_state
+from energyreg.models.checkpoint import check_sizes, load_state, reading, save_state
+from energyreg.vision.boxes.energy import BoxEnergyHead
 from energyreg.vision.boxes.postprocessing import Inference
-from energyreg.vision.detection.adapter import check_detector, declared_classes, interface
+from energyreg.vision.detection.adapter import check_detector, classes_of, declared_classes, interface, probe
 from energyreg.vision.detection.detector import EnergyDetector, add_energy_head
 
 __all__ = ["load_head", "save_head"]
+
+MOST = 100_000
+"""Steps or samples that a file may ask for."""
+
+
+class _Head(TypedDict):
+    class_specific: bool
+    pool_size: int
+    width: int
+
+
+class _Inference(TypedDict):
+    num_steps: int
+    step_size: tuple[float, float]
+    decay: float
+    num_samples: int
+    box_samples: int
+    iou_thresholds: tuple[float, ...]
+    rescore: bool
+    noise: dict[str, Any]
+
+
+class _State(TypedDict):
+    """What a file holds besides the weights."""
+
+    detector: dict[str, Any]
+    backbone: str
+    head: _Head
+    inference: _Inference
 
 
 def save_head(model: EnergyDetector, path: str | os.PathLike[str]) -> Path:
@@ -83,13 +114,13 @@ def load_head(
     check_detector(detector)
     path = with_suffix(path)
     tensors, state = load_state(path, BOX_HEAD)
-    try:
-        wanted = state["detector"]
-        sizes = {name: state["head"][name] for name in ("class_specific", "pool_size", "width")}
-        settings = state["inference"]
+    with reading(path):
+        check_type("state", state, _State)
+        wanted, settings = state["detector"], state["inference"]
+        sizes = {name: state["head"][name] for name in _Head.__annotations__}
         inference = Inference(**{**settings, "noise": GaussianNoise(**settings["noise"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"Cannot load {str(path)!r}: its description cannot be read ({error!r}).") from None
+        if max(inference.num_steps, inference.num_samples, inference.box_samples) > MOST:
+            raise ValueError(f"inference asks for more than {MOST} steps or samples")
     classes = wanted.get("classes") if declared_classes(detector) is None else None
     for name, value in interface(detector, classes).items():
         if wanted.get(name) != value:
@@ -97,11 +128,15 @@ def load_head(
                 f"Cannot load {str(path)!r}: it is the head of a detector with {name} = {wanted.get(name)}, but this "
                 f"detector has {name} = {value}. Build the detector as it was when the head was saved."
             )
+    channels, outputs = probe(detector)[1], classes_of(detector, classes)[0] if sizes.pop("class_specific") else 1
+    with reading(path):
+        check_sizes(lambda: BoxEnergyHead(channels, outputs, **sizes), tensors)
     # New layers draw initial weights; the caller's random state is none of their business.
     with torch.random.fork_rng(devices=[]):
         model = add_energy_head(
-            detector, num_classes=classes, freeze=freeze, inference=inference, objective=objective, **sizes
-        )
+            detector, num_classes=classes, freeze=freeze, inference=inference, objective=objective,
+            class_specific=state["head"]["class_specific"], **sizes,
+        )  # fmt: skip
     try:
         model.head.load_state_dict(tensors)
     except RuntimeError as error:
