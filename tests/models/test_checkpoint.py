@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import energyreg as er
 from energyreg import files
@@ -315,8 +316,9 @@ def rewritten(path: Path, *, config: object = None, tensors: dict[str, Tensor] |
     new = {**old, **metadata}
     if config is not None:
         new["config"] = config if isinstance(config, str) else json.dumps(config)
-    new["sha256"] = files.digest(stored if tensors is None else tensors, new)
-    safetensors.torch.save_file(stored if tensors is None else tensors, path, new)
+    stored = stored if tensors is None else tensors
+    new["sha256"] = files.digest(stored, new)
+    path.write_bytes(safetensors.torch.save(stored, new))
     return path
 
 
@@ -370,6 +372,134 @@ def test_arguments_that_do_not_fit(change: dict, message: str, saved: Path) -> N
 def test_description_that_is_none(config: str, saved: Path) -> None:
     with pytest.raises(er.CheckpointError, match=r"model\.safetensors"):
         er.load(rewritten(saved, config=config))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that is made somewhere else than on the device "meta"."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor) and not result.is_meta:
+            self.numbers = max(self.numbers, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def sized(path: Path, **sizes: object) -> Path:
+    """The file with other sizes, by the names of arguments, wherever the description has them."""
+
+    def change(node: object) -> None:
+        children = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+        if isinstance(node, dict):
+            node |= {name: value for name, value in sizes.items() if name in node}
+        for child in children:
+            change(child)
+
+    config = config_of(path)
+    change(config)
+    return rewritten(path, config=config)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"context_dim": 25_000}, {"num_features": 20_000}, {"width": 30_000}, {"channels": 50_000},
+        {"num_knots": 60_000}, {"num_components": 60_000}, {"num_frequencies": 50_000}, {"dim": 10_000},
+        {"context_dim": 10**9}, {"depth": 10**9}, {"depth": 60_000}, {"dim": 10**10}, {"num_features": 10**30},
+        {"num_components": 10**400},
+    ],
+)  # fmt: skip
+def test_sizes_are_compared_with_the_tensors_before_memory_is_taken(sizes: dict, saved: Path) -> None:
+    numbers = sum(tensor.numel() for tensor in safetensors.torch.load_file(saved).values())
+    path = sized(saved, **sizes)
+    with LargestTensor() as largest, pytest.raises(er.CheckpointError, match=r"model\.safetensors"):
+        er.load(path)
+    assert largest.numbers <= max(numbers, path.stat().st_size)
+
+
+def test_a_model_of_far_more_members_than_tensors_ends_soon(tmp_path: Path) -> None:
+    path = er.save(er.EnergyEnsemble([MODELS["table"](), MODELS["table"]()]), tmp_path / "model")
+    config = config_of(path)
+    for members in ([config["args"]["members"][0], *[{"same": 1}] * 100_000], config["args"]["members"] * 300):
+        config["args"]["members"] = members
+        with pytest.raises(er.CheckpointError, match="far larger model than the file has tensors for"):
+            er.load(rewritten(path, config=config))
+    deep = config["args"]["members"][0]["args"]["head"]
+    for _ in range(200):
+        deep = {"class": "SelfNormalisedHead", "id": 0, "args": {"head": deep, "context_dim": 8}}
+    config["args"]["members"][0]["args"]["head"] = deep
+    with pytest.raises(er.CheckpointError):
+        er.load(rewritten(path, config=config))
+
+
+def no_input_or_output(*arguments: object, **_: object) -> None:
+    raise AssertionError(f"a file made the library open {arguments}")
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "package", "/etc/shadow", "https://example.org/a.pth"])
+def test_a_file_cannot_name_a_place_to_read_from(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    encoder = er.ImageEncoder("timm:test_resnet")
+    path = er.save(er.EnergyRegressionModel(encoder, SeparableHead(encoder.num_features)), tmp_path / "model")
+    config = config_of(path)
+    assert "weights" not in config["args"]["encoder"]["args"]
+    er.load(path)
+    config["args"]["encoder"]["args"]["weights"] = None  # as older files have it
+    er.load(rewritten(path, config=config))
+    config["args"]["encoder"]["args"]["weights"] = weights
+    path = rewritten(path, config=config)
+    monkeypatch.setattr("socket.socket.connect", no_input_or_output)
+    monkeypatch.setattr("torch.load", no_input_or_output)
+    monkeypatch.setattr("pathlib.Path.is_file", no_input_or_output)
+    with pytest.raises(er.CheckpointError, match=r"encoder is a ImageEncoder with weights = .*cannot name others"):
+        er.load(path)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(saved: Path, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load(saved.read_bytes())
+    for name in ("head.context_map.weight", "base.cdf_table"):
+        damaged = {**tensors, name: tensors[name].clone().fill_(torch.nan)}
+        with pytest.raises(er.CheckpointError, match=rf"Cannot load .*'{name}' has values that are not finite"):
+            er.load(rewritten(saved, tensors=damaged))
+    model = MODELS["table"]()
+    model.head.context_map.weight.data[0, 0] = torch.inf
+    with pytest.raises(er.CheckpointError, match=r"Cannot save: 'head\.context_map\.weight' has values"):
+        er.save(model, tmp_path / "other")
+
+
+def test_tensors_of_another_shape_or_type_are_named(saved: Path) -> None:
+    tensors = safetensors.torch.load(saved.read_bytes())
+    for name, tensor, message in (
+        ("space.loc", torch.zeros(2, dtype=torch.double), r"'space.loc' has shape \(2,\) in the file, but \(1,\)"),
+        ("space.fitted", torch.tensor(1.0), r"'space.fitted' has type torch.float32 in the file, but torch.bool"),
+        ("head.context_map.bias", tensors["head.context_map.bias"].int(), "has type torch.int32"),
+    ):
+        with pytest.raises(er.CheckpointError, match=message):
+            er.load(rewritten(saved, tensors={**tensors, name: tensor}))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.symlink("/dev/zero", tmp_path / "zero.safetensors")
+    for name in ("pipe", "zero"):
+        with pytest.raises(er.CheckpointError, match=r"it is a pipe or a device; expected a file"):
+            er.load(tmp_path / name)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_no_fault(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped into memory it would end the process by SIGBUS."""
+    real = safetensors.torch.load
+
+    def shrink_first(content: bytes) -> dict[str, Tensor]:
+        os.truncate(saved, 100)
+        return real(content)
+
+    monkeypatch.setattr(safetensors.torch, "load", shrink_first)
+    er.load(saved)
+    with pytest.raises(er.CheckpointError, match="not a complete safetensors file"):
+        er.load(saved)
 
 
 def test_missing_and_unexpected_tensors_are_named(saved: Path) -> None:

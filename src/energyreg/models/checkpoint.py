@@ -72,8 +72,9 @@ Model: TypeAlias = EnergyRegressionModel | EnergyEnsemble | EnergyChain
 LARGEST_SIZE = 2**16
 """A size that may be described whatever tensors a file has."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SPARE_ELEMENTS, SPARE_MODULES = 2**25, 2000
-"""Numbers and parts that may be made beyond those that a file has: a classifier, say, that is left out afterwards."""
+SPARE_MODULES, SPARE_PARTS, SPARE_ELEMENTS = 20, 2000, 2**25
+"""What is described, or made, beyond the tensors of a file: a classifier, say, that is left out later."""
+TOO_LARGE = "its description is of a far larger model than the file has tensors for."
 # Where a model stands in a description: by itself, as a member of an ensemble, or as a factor of a chain.
 MODEL_PLACE = re.compile(r"model(\.factors\[\d+\])?(\.members\[\d+\])?")
 
@@ -245,9 +246,9 @@ def load_estimator(
         given = {name: part for name, part in (parts or {}).items() if description["dict"].pop(name, None)}
         for name, node in description["dict"].items():
             if isinstance(node, dict) and "class" in node:
-                check_sizes(functools.partial(_Builder({}, inside).build, node), _below(f"{STATE}{name}.", inside))
-        with torch.random.fork_rng(devices=[]), _no_more_than(inside):
-            state = _Builder({}, inside).build(description, "state") | given
+                check_sizes(functools.partial(_Builder({}, tensors).build, node), _below(f"{STATE}{name}.", inside))
+        with torch.random.fork_rng(devices=[]), _no_more_than(tensors):
+            state = _Builder({}, tensors).build(description, "state") | given
         for name, part in state.items():
             if isinstance(part, nn.Module):
                 _fill(part, _below(f"{STATE}{name}.", inside))
@@ -374,7 +375,9 @@ class _Builder:
     """Turns a description into objects: plain values, and modules of KNOWN_CLASSES."""
 
     def __init__(self, parts: Mapping[str, nn.Module | None], tensors: Mapping[str, Tensor] | None = None) -> None:
-        self.largest = max(LARGEST_SIZE, sum(tensor.numel() for tensor in (tensors or {}).values()))
+        tensors = {} if tensors is None else tensors
+        self.largest = max(LARGEST_SIZE, sum(tensor.numel() for tensor in tensors.values()))
+        self.modules_left = SPARE_MODULES + 2 * len(tensors)
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.classes = {kind.__name__: kind for kind in KNOWN_CLASSES}
         self.built: dict[int, Any] = {}
@@ -391,9 +394,13 @@ class _Builder:
                 return tuple(self.build(item, f"{where}[{i}]") for i, item in enumerate(items))
             case {"dict": dict(items)}:
                 return {key: self.build(item, f"{where}[{key!r}]") for key, item in items.items()}
+            case {"same": _} | {"class": _} if self.modules_left == 0:
+                raise _DescriptionError(TOO_LARGE)
             case {"same": int(number)} if number in self.built:
+                self.modules_left -= 1
                 return self.built[number]
             case {"class": str(name), "id": int(number), "args": dict(arguments)}:
+                self.modules_left -= 1
                 self.built[number] = module = self.module(name, arguments, where)
                 return module
             case {"custom": str(name)}:
@@ -486,7 +493,7 @@ def _may_be_a_path(hint: Any) -> bool:
 def _no_more_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Ends constructors in this thread that make far more than a file has tensors for: a depth of 10⁹ has no end."""
     elements = SPARE_ELEMENTS + 2 * sum(tensor.numel() for tensor in tensors.values())
-    things, thread = SPARE_MODULES + 40 * len(tensors), threading.get_ident()
+    things, thread = SPARE_PARTS + 40 * len(tensors), threading.get_ident()
 
     def count(module: nn.Module, name: str, thing: Any) -> None:
         nonlocal elements, things
@@ -494,7 +501,7 @@ def _no_more_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
             things -= 1
             elements -= thing.numel() if isinstance(thing, Tensor) else 0
             if things < 0 or elements < 0:
-                raise _DescriptionError("its description is of a far larger model than the file has tensors for.")
+                raise _DescriptionError(TOO_LARGE)
 
     with contextlib.ExitStack() as hooks:
         for register in (
@@ -562,9 +569,7 @@ def _compare(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             if mine == stored and _kind(tensor) != _kind(tensors[name]):
                 mine, stored = f"type {tensor.dtype}", f"type {tensors[name].dtype}"
             if mine != stored:
-                raise _DescriptionError(
-                    f"{name!r} has {stored} in the file, but {mine.removeprefix('shape ')} in the model."
-                )
+                raise _DescriptionError(f"{name!r} has {stored} in the file, but {mine.split(' ', 1)[1]} in the model.")
 
 
 def _kind(tensor: Tensor) -> str:
