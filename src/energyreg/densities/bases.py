@@ -54,13 +54,23 @@ class Lebesgue(nn.Module):
         self.register_buffer("fitted", torch.tensor(False))
 
     @torch.no_grad()
-    def fit(self, z: Tensor) -> None:
-        """Set the window from the training targets in model space, shape (N, D)."""
+    def fit(self, z: Tensor, window: Tensor | None = None) -> None:
+        """Set the window from the training targets in model space, shape (N, D).
+
+        Args:
+            z: The targets.
+            window: The first and the last model value that stand for a target, shape (2, D): it ends there at the
+                latest (see :func:`energyreg.densities.ends.window`).
+        """
         smallest, largest = z.amin(0), z.amax(0)
         reach = self.margin * (largest - smallest).clamp_min(1e-6)
         angle = torch.tensor(self.periodic, device=z.device)
         self.low.copy_(torch.where(angle, torch.full_like(smallest, -math.pi), smallest - reach))
         self.high.copy_(torch.where(angle, torch.full_like(largest, math.pi), largest + reach))
+        if window is not None:
+            first, last = window.to(self.low)
+            self.low.copy_(torch.maximum(self.low, first))
+            self.high.copy_(torch.minimum(self.high, last))
         self.fitted.fill_(True)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -159,8 +169,8 @@ class Marginal(nn.Module):
         circle = (torch.arange(512, dtype=torch.double) + 0.5) / 512 * 2 * math.pi - math.pi
         self._tabulate(torch.stack([circle if flag else normal for flag in self.periodic], -1))
 
-    def fit(self, z: Tensor) -> None:
-        """Tabulate the marginals of the training targets in model space, shape (N, D)."""
+    def fit(self, z: Tensor, window: Tensor | None = None) -> None:
+        """Tabulate the marginals of the training targets in model space, shape (N, D), which need no window."""
         z = z.detach().double().cpu()
         if self.slabs:
             z = self._fit_slabs(z)
@@ -404,6 +414,6 @@ class ProposalBase(nn.Module):
         """Whether the reference has seen the training targets."""
         return self.reference.fitted
 
-    def fit(self, z: Tensor) -> None:
+    def fit(self, z: Tensor, window: Tensor | None = None) -> None:
         """Fit the reference to the training targets in model space, shape (N, D)."""
-        self.reference.fit(z)
+        self.reference.fit(z, window)

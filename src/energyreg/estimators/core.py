@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from energyreg.checks import check_type
+from energyreg.densities.ends import snap
 from energyreg.estimators.columns import check_features
 from energyreg.estimators.learning import Rows, Validation, learn
 from energyreg.estimators.linear import LinearGaussian
@@ -143,6 +144,10 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
             parts = [function(self._distribution(block)).double().cpu().numpy() for block in blocks]
         return np.concatenate(parts)
 
+    def _snapped(self, values: np.ndarray) -> np.ndarray:
+        """Values of several outputs (*S, D), where single precision has rounded the ends of the space."""
+        return snap(self.model_.space, torch.from_numpy(values)).numpy()
+
     def predict(self, X: Any, kind: str = "mean") -> np.ndarray:
         """One number per row and output.
 
@@ -182,9 +187,10 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         """
         check_level(level)
         if hasattr(self, "conformal_intervals_"):
-            x = self.encode(X)
-            return self.target_.round(self.conformal_intervals_(x, level).double().cpu().numpy())
-        return self.target_.round(self._by_blocks(X, lambda p: p.interval(level)))
+            found = self.conformal_intervals_(self.encode(X), level).double().cpu().numpy()
+        else:
+            found = self._by_blocks(X, lambda p: p.interval(level))
+        return self.target_.round(found if self.n_outputs_ == 1 else self._snapped(found.swapaxes(1, 2)).swapaxes(1, 2))
 
     def predict_quantiles(self, X: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
         """Quantiles of each row, and of each output by itself.
@@ -203,7 +209,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         for level in levels:
             check_level(level, "levels")
         if self.__sklearn_is_fitted__() and self.n_outputs_ > 1:
-            return self._by_blocks(X, lambda p: p.central_quantiles(levels).transpose(0, 1))
+            return self._snapped(self._by_blocks(X, lambda p: p.central_quantiles(levels).transpose(0, 1)))
         return self.target_.round(self._by_blocks(X, lambda p: p.quantile(torch.tensor(levels, dtype=torch.double)).T))
 
     def predict_highest_density_region(self, X: Any, level: float = 0.9) -> HighestDensityRegion:

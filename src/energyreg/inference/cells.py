@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["Cells", "half_disagreement"]
 
@@ -82,9 +83,8 @@ class Cells:
     @cached_property
     def _cumulative(self) -> Tensor:
         """Cumulative probabilities at the edges, shape (B, G + 1), in double precision."""
-        cumulative = self.masses.new_zeros(self.masses.shape[1], len(self.masses) + 1, dtype=torch.double)
-        torch.cumsum(self.masses.T.contiguous(), 1, dtype=torch.double, out=cumulative[:, 1:])
-        return cumulative.div_(cumulative[:, -1:].clone())
+        cumulative = torch.cumsum(self.masses.T.contiguous(), 1, dtype=torch.double)
+        return functional.pad(cumulative / cumulative[:, -1:], (1, 0))
 
     @staticmethod
     def _at(table: Tensor, index: Tensor) -> Tensor:
@@ -104,11 +104,12 @@ class Cells:
         count = len(self.masses)
         if count < 3:
             return torch.zeros(index.shape, dtype=torch.double, device=index.device)
+        masses = self.masses.detach()  # no gradient: quotients of tiny numbers have none
         inner = index.clamp(1, count - 2)
         width, density, centre = [], [], []
         for cell in (inner - 1, inner, inner + 1):
             width.append((self._at(self.edges, cell + 1) - self._at(self.edges, cell)).clamp_min(1e-300))
-            density.append(self._at(self.masses, cell) / width[-1])
+            density.append(self._at(masses, cell) / width[-1])
             centre.append(self._at(self.centres, cell))
         rise = (density[2] - density[0]) / (centre[2] - centre[0]).clamp_min(1e-300)
         slope = (rise * width[1] / (2 * density[1]).clamp_min(1e-300)).clamp(-1, 1)

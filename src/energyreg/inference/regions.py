@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from energyreg.densities import ends
 from energyreg.inference.row_blocks import RowBlock
 
 __all__ = ["intervals", "mass_above", "sorted_masses", "threshold_at_level", "threshold_below_mass"]
@@ -45,7 +46,11 @@ def threshold_below_mass(block: RowBlock, density: Tensor, mass: Tensor) -> Tens
 
 
 def intervals(block: RowBlock, density: Tensor, threshold: Tensor) -> list[Tensor]:
-    """The runs of cells at or above the threshold as intervals in user units, one tensor (k, 2) per row."""
+    """The runs of cells at or above the threshold as intervals in user units, one tensor (k, 2) per row.
+
+    A threshold of -inf gives the whole space, beyond all cells.
+    """
+    everything = threshold == -torch.inf
     inside = (density >= threshold).T  # (B, G)
     rows, count = inside.shape
     circle = block.space.periodic[0]
@@ -85,14 +90,21 @@ def intervals(block: RowBlock, density: Tensor, threshold: Tensor) -> list[Tenso
         start = block.space.to_user(((z[0] + math.pi).remainder(2 * math.pi) - math.pi)[:, None])[:, 0]
         stop = start + (z[1] - z[0]) * block.space.scale
     else:
-        start, stop = (
-            block.space.to_user(block.f.reference.from_unit(bound[:, None].to(block.dtype)))[:, 0]
-            for bound in (lower, upper)
-        )
+        z = [block.f.reference.from_unit(bound[:, None].to(block.dtype)) for bound in (lower, upper)]
+        start, stop = (block.space.to_user(end)[:, 0] for end in z)
+        if block.has_margins:
+            # A margin is in the region as a whole, or not at all.
+            row = torch.repeat_interleave(torch.arange(rows, device=start.device), counts)
+            low, high = (block.margin_density >= threshold)[:, row]
+            (bottom, top), (first, last) = ends.bounds(block.space)[:, 0], ends.margins(block.space)[:, 0]
+            start = torch.where((start <= first) & low, bottom, start.clamp(first, last))
+            stop = torch.where((stop >= last) & high, top, stop.clamp(first, last))
     # A cell just at the threshold gives an interval of no length.
     solid = stop > start
     counts = counts.clone().index_add_(0, starts.nonzero()[:, 0], -(~solid).to(counts.dtype))
-    return list(torch.stack([start, stop], -1)[solid].to(block.dtype).split(counts.tolist()))
+    found = torch.stack([start, stop], -1)[solid].to(block.dtype).split(counts.tolist())
+    whole_space = ends.bounds(block.space).T.to(block.dtype)
+    return [whole_space if all_of_it else pieces for pieces, all_of_it in zip(found, everything.tolist(), strict=True)]
 
 
 def _circle_angle(block: RowBlock, u: Tensor) -> Tensor:

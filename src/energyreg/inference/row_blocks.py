@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from energyreg.densities import ends
 from energyreg.densities.spaces import Circle, Product, TargetSpace
 from energyreg.inference.cells import Cells
 from energyreg.inference.energy import ReferencedEnergy
@@ -27,6 +28,9 @@ Rows: TypeAlias = slice | Tensor
 KEEP_SHARE = 1 / 4
 """Fraction of the memory budget up to which contexts, and nodes, are kept with a predictive distribution for the next
 question, beside what a block works in; more is computed again."""
+
+LEAST_MASS = 1e-12
+"""Probability of a margin from which on it is known as a difference of cumulative probabilities."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,13 @@ class RowBlock:
     # Density ---------------------------------------------------------------------------------------------------------
 
     def log_density(self, y: Tensor) -> Tensor:
-        """Log-density in user units up to log Z, (*S, B, D) to (*S, B); -inf outside the target space."""
+        """Log-density in user units up to log Z, (*S, B, D) to (*S, B); -inf outside the space, NaN for NaN."""
         # Points outside stand somewhere inside in model space, so that no NaN arises, and are set to -inf at the end.
         z = self.space.to_model(y).to(self.dtype)
         log_density = self.f(z) + self.space.log_abs_det_jacobian(y).to(self.dtype)
-        return torch.where(self.space.contains(y), log_density, torch.full_like(log_density, -torch.inf))
+        log_density = self._with_margins(log_density, y)
+        log_density = torch.where(self.space.contains(y), log_density, torch.full_like(log_density, -torch.inf))
+        return torch.where(y.isnan().any(-1), torch.full_like(log_density, torch.nan), log_density)
 
     def log_prob(self, y: Tensor) -> Tensor:
         """Log-density in user units, (*S, B, D) to (*S, B)."""
@@ -121,7 +127,45 @@ class RowBlock:
 
     def point_density(self) -> Tensor:
         """Log-density in user units up to log Z at the nodes, shape (M, B)."""
-        return self.nodes.log_density(self.f) + self.jacobian(self.nodes.y.to(self.dtype))
+        density = self.nodes.log_density(self.f) + self.jacobian(self.nodes.y.to(self.dtype))
+        return self._with_margins(density, self.space.to_user(self.nodes.y))
+
+    # Ends of an interval ---------------------------------------------------------------------------------------------
+    # All model values beyond a margin are targets within a millionth of the width from an end; a margin's probability
+    # is theirs, and spread evenly over it.
+
+    @property
+    def has_margins(self) -> bool:
+        """Whether the target is an interval of one dimension."""
+        return self.dim == 1 and bool((ends.margins(self.space) != ends.bounds(self.space)).any())
+
+    @cached_property
+    def _margin_levels(self) -> Tensor:
+        """The cdf at the inner ends of both margins, shape (2, B), in double precision."""
+        z = self.space.to_model(ends.margins(self.space)).to(self.dtype)
+        return self.nodes.cdf(z.expand(2, self.f.batch_size)).double()
+
+    def _with_margins(self, log_density: Tensor, y: Tensor) -> Tensor:
+        """Log-densities up to log Z at user values (*S, B, 1), with those in a margin replaced by the margin's own."""
+        if not self.has_margins:
+            return log_density
+        first, last = ends.margins(self.space)
+        value = y[..., 0]
+        if not bool(((value <= first) | (value >= last)).any()):
+            return log_density
+        below, above = self.margin_density.to(log_density.dtype)
+        return torch.where(value <= first, below, torch.where(value >= last, above, log_density))
+
+    @cached_property
+    def margin_density(self) -> Tensor:
+        """Log-density up to log Z within the lower and the upper margin, shape (2, B), in double precision."""
+        high, inner = ends.bounds(self.space)[1], ends.margins(self.space)
+        below, above = self._margin_levels
+        masses = torch.stack([below, 1 - above])
+        spread = (masses.clamp_min(LEAST_MASS) / (high - inner[1])).log() + self.log_partition
+        # Where hardly anything is beyond, differences of cumulative probabilities have no digits.
+        z = self.space.to_model(inner[:, None]).to(self.dtype)
+        return torch.where(masses > LEAST_MASS, spread, self.user_density(z).double())
 
     # One dimension ---------------------------------------------------------------------------------------------------
 
@@ -145,11 +189,18 @@ class RowBlock:
         if not self.is_line:
             return self._user_points().cdf(y)
         level = self.nodes.cdf(self.space.to_model(y[..., None]).to(self.dtype)[..., 0])
+        level = torch.where(y.isnan(), torch.full_like(level, torch.nan), level)
         if self.space.periodic[0]:
             return (level - self._cut()).remainder(1)
+        if self.has_margins:
+            (low, high), (first, last) = ends.bounds(self.space), ends.margins(self.space)
+            below, above = self._margin_levels
+            level = torch.where(y <= first, below * (y - low) / (first - low), level)
+            level = torch.where(y >= last, torch.lerp(above, torch.ones_like(above), (y - last) / (high - last)), level)
         # Beyond the space the cdf is 0 or 1, whichever side the point is on.
         middle = self.space.to_user(torch.zeros(1, 1, dtype=torch.double, device=y.device))[0, 0]
-        return torch.where(self.space.contains(y[..., None]), level, (y > middle).to(level.dtype))
+        known = self.space.contains(y[..., None]) | y.isnan()
+        return torch.where(known, level, (y > middle).to(level.dtype))
 
     def icdf(self, level: Tensor) -> Tensor:
         """User values at probabilities, (S, B) to (S, B)."""
@@ -157,7 +208,13 @@ class RowBlock:
             return self._user_points().quantiles(level)[..., 0]
         if self.space.periodic[0]:
             level = (level.double() + self._cut()).remainder(1)
-        return self.space.to_user(self.nodes.quantiles(level))[..., 0]
+        y = self.space.to_user(self.nodes.quantiles(level))[..., 0]
+        if self.has_margins:
+            (low, high), (first, last) = ends.bounds(self.space), ends.margins(self.space)
+            below, above = self._margin_levels
+            y = torch.where(level < below, low + (first - low) * level / below, y)
+            y = torch.where(level > above, last + (high - last) * (level - above) / (1 - above), y)
+        return y
 
     # Summaries -------------------------------------------------------------------------------------------------------
 
@@ -205,12 +262,12 @@ class RowBlock:
         """Quantiles of each dimension in user units, (L,) to (L, B, D); of an angle counted from opposite the mean."""
         rows = levels[:, None].expand(-1, self.f.batch_size)
         if not any(self.space.periodic):
-            return self.space.to_user(self.nodes.quantiles(rows))
+            return ends.snap(self.space, self.space.to_user(self.nodes.quantiles(rows)))
         z = self.nodes.quantiles(rows, self.model_mean(), self.angle)
         y = self.space.to_user(z)
         # Every angle is reported beyond the first by the length of the arc between them, whatever cut lies inside.
         arc = (z - z[:1]).remainder(2 * math.pi) * self.space.scale
-        return torch.where(self.angle, y[:1] + arc, y)
+        return torch.where(self.angle, y[:1] + arc, ends.snap(self.space, y))
 
 
 class NodeCache:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from energyreg.densities import ends
 from energyreg.inference.regions import mass_above, threshold_below_mass
 from energyreg.inference.row_blocks import RowBlock
 from energyreg.models.predictive import HighestDensityRegion, PredictiveDistribution
@@ -21,6 +22,9 @@ __all__ = ["ConformalIntervals", "ConformalRegions"]
 
 CENTRAL = (0.05, 0.5, 0.95)
 """Levels of the quantiles that the conformal intervals of several outputs are measured by."""
+
+ROUNDING = 1e-9
+"""What is added to a score, so that a row with that very score is inside its interval, however numbers are rounded."""
 
 
 class _Conformal:
@@ -176,8 +180,7 @@ class ConformalRegions(_Conformal):
                 log_threshold = (-q).to(density.dtype)
             else:
                 log_threshold = threshold_below_mass(block, density, q) - block.log_partition
-            everything = density.amin(0) - 1
-            return log_threshold, torch.maximum(log_threshold + block.log_partition, everything)
+            return log_threshold, log_threshold + block.log_partition
 
         return p.region(level, threshold)
 
@@ -211,7 +214,9 @@ class ConformalIntervals(_Conformal):
         if any(p.space.periodic):
             raise ValueError("ConformalIntervals has no beginning to count from on a circle; use ConformalRegions.")
         if p.event_shape[0] == 1:
-            return (2 * p.cdf(y) - 1).abs()
+            # A target at an end of the space is in every interval that reaches into the end's margin.
+            first, last = ends.margins(p.space)
+            return (2 * p.cdf(y.double().clamp(first, last)) - 1).abs()
         below, middle, above = self._central(p)
         z = p.space.to_model(y)
         return torch.maximum((z - middle) / above, (middle - z) / below).amax(-1)
@@ -224,7 +229,7 @@ class ConformalIntervals(_Conformal):
         return (middle - low).clamp_min(tiny), middle, (high - middle).clamp_min(tiny)
 
     def __call__(self, x: Any, level: float = 0.9, groups: Any = None) -> Tensor:
-        """The intervals of new rows; from -inf to inf where there are too few calibration rows.
+        """The intervals of new rows; all of the target's space where there are too few calibration rows.
 
         Args:
             x: Inputs, B rows.
@@ -241,11 +246,11 @@ class ConformalIntervals(_Conformal):
         q = self._quantiles(level, groups, p.batch_shape[0]).to(p.device)
         if p.event_shape[0] > 1:
             below, middle, above = self._central(p)
-            factor = torch.where(q.isfinite(), q, 0.0)[:, None]
-            ends = torch.stack([p.space.to_user(middle - factor * below), p.space.to_user(middle + factor * above)], -1)
-            everything = torch.tensor([-torch.inf, torch.inf], dtype=ends.dtype, device=ends.device)
-            return torch.where(q.isfinite()[:, None, None], ends, everything)
-        inner = q.clamp_max(1)
-        ends = p.icdf(torch.stack([(1 - inner) / 2, (1 + inner) / 2]))
-        everything = torch.tensor([[-torch.inf], [torch.inf]], dtype=ends.dtype, device=ends.device)
-        return torch.where(q >= 1, everything, ends).T
+            factor = torch.where(q.isfinite(), q + ROUNDING * (1 + q.abs()), 0.0)[:, None]
+            both = torch.stack([p.space.to_user(middle - factor * below), p.space.to_user(middle + factor * above)])
+            found = torch.where(q.isfinite()[:, None], ends.snap(p.space, both), ends.bounds(p.space)[:, None])
+            return found.permute(1, 2, 0)
+        inner = (q + ROUNDING).clamp_max(1)
+        both = p.icdf(torch.stack([(1 - inner) / 2, (1 + inner) / 2]))
+        found = torch.where(q >= 1, ends.bounds(p.space), ends.snap(p.space, both[..., None])[..., 0])
+        return found.to(both.dtype).T

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from energyreg import objectives
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
+from energyreg.densities.ends import window
 from energyreg.densities.spaces import Real, TargetSpace
 from energyreg.inference.energy import EnergyFunction
 from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
@@ -259,7 +260,7 @@ class EnergyRegressionModel(nn.Module):
         if not bool(self.space.fitted):
             self.space.fit(y)
         if not bool(self.base.fitted):
-            self.base.fit(self.space.to_model(y.to(self.device)).to(self.dtype))
+            self.base.fit(self.space.to_model(y.to(self.device)).to(self.dtype), window(self.space))
         fit_encoder = getattr(self.encoder, "fit", None)
         if x is not None and callable(fit_encoder) and not bool(getattr(self.encoder, "fitted", True)):
             fit_encoder(self.check_inputs(x).to(self.device))

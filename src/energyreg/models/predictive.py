@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from energyreg.densities import ends
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.spaces import TargetSpace
 from energyreg.inference.diagnostics import Diagnostics, diagnose
@@ -24,6 +26,8 @@ __all__ = ["KEEP_SHARE", "Diagnostics", "HighestDensityRegion", "Modes", "Predic
 
 Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSampling
 
+COARSE = 1e-4
+"""Spacing of floating-point numbers, relative to the targets' spread, above which rounding shows."""
 BLOCK = 64
 """Rows whose samples come from one seed where the proposal cannot share points, so that blocks change nothing."""
 
@@ -47,7 +51,8 @@ class HighestDensityRegion:
 
     def contains(self, y: Any) -> Tensor:
         """Whether each y, shape (*S, B, D), lies in the region of its row, shape (*S, B)."""
-        return self.distribution.log_prob(y) >= self.log_threshold
+        y = self.distribution.as_targets(y)
+        return (self.distribution.log_prob(y) >= self.log_threshold) & self.distribution.space.contains(y)
 
 
 def _check_level(level: float) -> None:
@@ -260,6 +265,20 @@ class PredictiveDistribution(Distribution):
         if self.dim != 1:
             raise NotImplementedError(f"{what} is for one target dimension; this target has {self.dim}.")
 
+    def _in_user_units(self, values: Tensor) -> Tensor:
+        """Values in user units in this distribution's dtype; a warning where that has no room for them."""
+        step, unit = ends.spacing(self.space, self.dtype), ends.unit(self.space)
+        coarse = (step > COARSE * unit).nonzero()[:, 0].tolist()
+        if coarse:
+            d = coarse[0]
+            warnings.warn(
+                f"{self.dtype} cannot tell targets apart that are closer than {float(step[d]):.2g}, but output {d} of "
+                f"{self.space} varies by {float(unit[d]):.2g} far from 0: what is returned is rounded to that. Call "
+                "model.double(), or subtract a constant from the targets.",
+                stacklevel=3,
+            )
+        return values.to(self.dtype)
+
     # Density ---------------------------------------------------------------------------------------------------------
 
     def log_prob(self, value: Any) -> Tensor:
@@ -269,7 +288,8 @@ class PredictiveDistribution(Distribution):
             value: Targets in user units, shape (*S, B, D), or (B,) for D = 1.
 
         Returns:
-            Shape (*S, B); -inf outside the target space.
+            Shape (*S, B); -inf outside the target space, NaN for NaN. Within a millionth of an interval's width from
+            its ends, the probability of that margin, spread evenly over it.
 
         Raises:
             ValueError: If the shape is another.
@@ -320,7 +340,7 @@ class PredictiveDistribution(Distribution):
         if not bool(((level >= 0) & (level <= 1)).all()):
             raise ValueError("value holds numbers outside [0, 1]; expected probabilities.")
         flat = level.reshape(-1, self.num_rows)
-        return self.gather(lambda block: block.icdf(flat[:, block.rows]), -1).reshape(level.shape).to(self.dtype)
+        return self._in_user_units(self.gather(lambda block: block.icdf(flat[:, block.rows]), -1).reshape(level.shape))
 
     def quantile(self, level: Any) -> Tensor:
         """Quantiles for D = 1.
@@ -329,20 +349,21 @@ class PredictiveDistribution(Distribution):
             level: Probability, or several, shape (L,).
 
         Returns:
-            Targets in user units, shape (B,), or (L, B).
+            Targets in user units, shape (B,), or (L, B). Within the resolution of an end of an interval, that end.
 
         Raises:
             NotImplementedError: If D > 1; see `interval`.
         """
         level = torch.as_tensor(level, dtype=torch.double)
-        return self.icdf(level[..., None].expand(*level.shape, self.num_rows))
+        y = self.icdf(level[..., None].expand(*level.shape, self.num_rows))
+        return self._in_user_units(ends.snap(self.space, y[..., None])[..., 0])
 
     # Summaries -------------------------------------------------------------------------------------------------------
 
     @property
     def mean(self) -> Tensor:
         """Mean in user units, shape (B, D); on a circle the direction of the mean vector."""
-        return self.gather(RowBlock.mean).to(self.dtype)
+        return self._in_user_units(self.gather(RowBlock.mean))
 
     @property
     def variance(self) -> Tensor:
@@ -372,7 +393,8 @@ class PredictiveDistribution(Distribution):
 
         Returns:
             Lower and upper end in user units, shape (B, 2) for D = 1, else (B, D, 2). On a circle the arc from the
-            lower to the upper end, cut opposite the mean; its upper end may lie beyond the range.
+            lower to the upper end, cut opposite the mean; its upper end may lie beyond the range. An end within the
+            resolution of an end of the space is that end.
 
         Raises:
             ValueError: If the level is not in (0, 1).
@@ -385,7 +407,7 @@ class PredictiveDistribution(Distribution):
     def central_quantiles(self, levels: Sequence[float]) -> Tensor:
         """Quantiles of each dimension in user units, (L,) to (L, B, D); of an angle counted from opposite the mean."""
         probabilities = torch.tensor(levels, dtype=torch.double, device=self.device)
-        return self.gather(lambda block: block.central_quantiles(probabilities), 1).to(self.dtype)
+        return self._in_user_units(self.gather(lambda block: block.central_quantiles(probabilities), 1))
 
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
         """Draw samples in user units.
@@ -416,7 +438,7 @@ class PredictiveDistribution(Distribution):
             index = block.points.indices_at(level)
             return self.space.to_user(grid.within_cells(block.f, index, offsets[:, block.rows], self.dtype))
 
-        return self.gather(draw, 1).to(self.dtype).reshape(*shape, self.num_rows, self.dim)
+        return self._in_user_units(self.gather(draw, 1)).reshape(*shape, self.num_rows, self.dim)
 
     # Modes and regions -----------------------------------------------------------------------------------------------
 
@@ -480,7 +502,7 @@ class PredictiveDistribution(Distribution):
     @property
     def mode(self) -> Tensor:
         """Highest mode of the density in user units, shape (B, D): the best point, refined on f; see `modes`."""
-        return self.gather(highest).to(self.dtype)
+        return self._in_user_units(self.gather(highest))
 
     def modes(
         self,
