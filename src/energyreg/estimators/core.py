@@ -533,7 +533,10 @@ def fit_rows(
         validation: Validation | None = None
         if rows.z_evaluation is not None:
             check_features(estimator, x_evaluation, "X of eval_set")
-            validation = preprocessor.transform(x_evaluation, "X of eval_set"), rows.z_evaluation, None
+            encoded = preprocessor.transform(x_evaluation, "X of eval_set")
+            if len(encoded) != len(rows.z_evaluation):
+                encoded = encoded[rows.evaluated]
+            validation = encoded, rows.z_evaluation, None
         elif len(rows.held_out):
             validation = x_held_out, rows.z[rows.held_out], rows.weights[rows.held_out]
         with threads(settings.n_jobs):

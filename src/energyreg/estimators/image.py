@@ -334,7 +334,7 @@ class ImageRegressor(DensityRegressor):
         )  # fmt: skip
         held: ImageFiles | None = None
         if files_held is not None:
-            held = files_held.take(range(len(files_held)), targets=rows.z_evaluation)
+            held = files_held.take(rows.evaluated, targets=rows.z_evaluation)
         elif len(held_out):
             held = files.take(rows.known[held_out], targets=rows.z[held_out])
         settings.log(f"Fine-tuning {self.trainable} stages for {epochs} epochs on {len(train)} images.")

@@ -16,6 +16,7 @@ import torch
 from energyreg.densities.spaces import TargetSpace
 from energyreg.errors import DataError
 from energyreg.estimators.members import Builder, Model, Trial, integrator_of, sizes, train_members, weights_of
+from energyreg.estimators.outliers import find_fences, warn_of_outliers
 from energyreg.estimators.pilots import after_pilots, pilot_trials
 from energyreg.estimators.settings import Settings
 from energyreg.estimators.targets import Target, point_masses
@@ -54,11 +55,12 @@ class Rows:
         known: Which rows of the table count, as their weight is above 0, shape (N,).
         targets: Their targets, shape (N, D).
         weights: Their weights, shape (N,).
-        train: Which of them the members are trained on.
-        held_out: Which of them the epoch and the calibration are chosen by.
-        conformal: Which of them the conformal scores are taken of.
+        train: Which of them the members are trained on; none whose target is wild.
+        held_out: Which of them the epoch and the calibration are chosen by; none whose target is wild.
+        conformal: Which of them the conformal scores are taken of, whatever their targets.
         z: Targets, dequantised, shape (N, D).
-        z_evaluation: The same of rows that the user holds out.
+        evaluated: Which of the rows that the user holds out are used; those whose target is not wild.
+        z_evaluation: Their targets, dequantised.
         step: Rounding step of the only output; None where it is continuous, or where there are several.
         seed: Seed of the training.
     """
@@ -72,6 +74,7 @@ class Rows:
     held_out: np.ndarray
     conformal: np.ndarray
     z: np.ndarray
+    evaluated: np.ndarray | None
     z_evaluation: np.ndarray | None
     step: float | None
     seed: int
@@ -111,11 +114,22 @@ def prepare(
     targets, weights = targets[known], weights[known]
     rng = np.random.default_rng(seed)
     train, held_out, conformal = _split(len(known), evaluation is not None, settings, rng)
-    steps = target.rounding_steps(targets)
+    fences = find_fences(space, targets if evaluation is None else np.concatenate([targets, evaluation]))
+    tame = ~warn_of_outliers(space, targets, fences, known, "y")
+    train, held_out = train[tame[train]], held_out[tame[held_out]]
+    evaluated = None
+    if evaluation is not None:
+        every = np.arange(len(evaluation))
+        evaluated = np.flatnonzero(~warn_of_outliers(space, evaluation, fences, every, "y of eval_set"))
+        evaluated = evaluated if len(evaluated) else every
+        evaluation = evaluation[evaluated]
+    steps = target.rounding_steps(targets[tame])
     z = target.dequantise(targets, steps, rng)
     z_evaluation = None if evaluation is None else target.dequantise(evaluation, steps, rng)
     step = (steps[0] or None) if space.dim == 1 else None
-    return Rows(target, space, known, targets, weights, train, held_out, conformal, z, z_evaluation, step, seed)
+    return Rows(
+        target, space, known, targets, weights, train, held_out, conformal, z, evaluated, z_evaluation, step, seed
+    )
 
 
 def _split(
