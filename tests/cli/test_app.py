@@ -179,7 +179,7 @@ def test_several_targets_are_joint(frame, tmp_path):
     options = ["--density-at-target", "--quantiles", "0.5"]
     succeed("predict", model, tmp_path / "few.parquet", "-o", tmp_path / "p.csv", *options, "-q")
     names = [f"{t}_{what}" for t in ("rmsd", "double") for what in ("mean", "lower_90", "upper_90", "quantile_0.5")]
-    assert list(pd.read_csv(tmp_path / "p.csv")) == [*names, "log_density"]
+    assert list(pd.read_csv(tmp_path / "p.csv")) == ["name", *names, "log_density"]
     scores = json.loads(succeed("evaluate", model, tmp_path / "few.parquet", "--json").stdout)
     assert len(scores["scores"]["crps"]) == len(scores["marginal"]["coverage_90"]) == 2
     succeed("report", model, tmp_path / "few.parquet", "-o", tmp_path / "r.html", "-q")

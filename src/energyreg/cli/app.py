@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from energyreg.cli.console import FAILED, INTERRUPTED, WRONG_INPUT, stop
 from energyreg.cli.evaluate import evaluate
 from energyreg.cli.fit import fit
 from energyreg.cli.info import info
+from energyreg.cli.inputs import in_words
 from energyreg.cli.options import Threads
 from energyreg.cli.predict import predict, sample
 from energyreg.cli.report import report
@@ -86,10 +89,15 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             stop("Stopped; nothing was written.", INTERRUPTED)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
+        except BrokenPipeError:  # who reads has had enough
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(FAILED) from None
         except Exception as error:
             if _settings.debug:
                 traceback.print_exc()
-            stop(*_explain(error))
+            message, status = _explain(error)
+            stop(in_words(message), status)
 
     return guarded
 
@@ -113,7 +121,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 @contextlib.contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        typer.echo(f"energyreg: {' '.join(str(message).split())}", err=True)
+        typer.echo(f"energyreg: {in_words(' '.join(str(message).split()))}", err=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from energyreg.cli.console import print_json
-from energyreg.cli.inputs import target_columns
+from energyreg.cli.inputs import in_words, local, target_columns
 from energyreg.cli.model_file import Fitted, load
-from energyreg.cli.options import Data, Json, Model, Quiet, TargetOfData, Threads
+from energyreg.cli.options import Data, Json, Model, Quiet, Strict, TargetOfData, Threads
 from energyreg.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,13 +23,15 @@ def evaluate(
     data: Data,
     target: TargetOfData = None,
     threads: Threads = None,
+    strict: Strict = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Score the predictions for a table that has the targets, against a constant and a linear forecast."""
     from energyreg.tables import files as tablefiles
 
-    fitted = load(model, threads, data)
+    data = local(data)
+    fitted = load(model, threads, data, strict)
     from energyreg import evaluation
 
     names = fitted.targets(target)
@@ -40,7 +42,7 @@ def evaluate(
     if scores.linear is not None:
         found["linear"] = scores.linear.summary()
     if as_json:
-        print_json({"model": str(model), "data": str(data), "rows": scores.rows, "targets": names, **found})
+        print_json({"model": str(model), "data": in_words(str(data)), "rows": scores.rows, "targets": names} | found)
         return
     _print_scores(found, names, scores.rows)
 
@@ -50,7 +52,7 @@ def _pairs(fitted: Fitted, data: Path, names: Sequence[str]) -> Iterator[tuple[A
 
     done = 0
     kinds = fitted.kinds | dict.fromkeys(names, "number")
-    for frame in tablefiles.read_chunks(data, rows=fitted.chunk_rows, kinds=kinds):
+    for frame in tablefiles.read_chunks(data, rows=fitted.chunk_rows, kinds=kinds, missing=fitted.missing):
         frame.columns = [str(name) for name in frame.columns]
         y = target_columns(frame, names, data, done)
         x = fitted.inputs(frame, data, names)

@@ -15,14 +15,15 @@ import typer
 
 from energyreg import __version__
 from energyreg.cli.console import INTERRUPTED, InputError, check_writable, print_json, stop
-from energyreg.cli.inputs import about, about_images, image_files, present, target_columns
+from energyreg.cli.inputs import about, about_images, image_files, in_words, local, present, target_columns
 from energyreg.cli.model_file import about_training, save, use_threads
-from energyreg.cli.options import Data, Json, Quiet, Seed, Threads
+from energyreg.cli.options import Data, Json, Quiet, Seed, Strict, Threads
 
 if TYPE_CHECKING:
     import numpy as np
     from pandas import DataFrame
 
+    from energyreg.estimators.image import ImageRegressor
     from energyreg.estimators.table import EnergyRegressor
 
 __all__ = ["fit"]
@@ -56,6 +57,10 @@ def fit(
     members: Annotated[int | None, typer.Option(min=1, help="Models.", show_default="by the rows")] = None,
     time_budget: Annotated[float | None, typer.Option(help="Seconds that the training may take, about.")] = None,
     validation: Annotated[str, typer.Option(help="Share of the rows to choose the epoch by, or a table.")] = "0.1",
+    missing: Annotated[
+        list[str] | None, typer.Option("--na", help="Cell that stands for a missing value; may be repeated.")
+    ] = None,
+    strict: Strict = False,
     conformal: Annotated[bool, typer.Option("--conformal", help="Intervals with a guaranteed coverage.")] = False,
     image: Annotated[
         str | None, _of_images("Column of image files, to predict from instead of the other columns.")
@@ -82,9 +87,14 @@ def fit(
     Ctrl-C ends the training early: the best model so far is written, and the exit status is 130.
     """
     started = time.monotonic()
+    data, missing = local(data), list(missing or [])
+    said: dict[str, str] = {}
     kinds = [_target_kind(kind) for kind in target_kind or ["real"]]
     if len(set(target)) < len(target):
         raise InputError("--target names a column twice.")
+    both = [name for name in target if name in (drop or [])]
+    if both:
+        raise InputError(f"--drop names {both[0]!r}, which is a target; drop other columns.")
     if len(kinds) not in (1, len(target)):
         raise InputError(f"--target-kind is given {len(kinds)} times for {len(target)} targets; give one, or one each.")
     share = _share(validation)
@@ -110,14 +120,14 @@ def fit(
 
         names = [name for name in columns_of(data) if name not in {*target, *(drop or [])}]
     else:
-        names, frame, y = _training_table(data, target, drop or [], image=image)
+        names, frame, y = _training_table(data, target, drop or [], missing, image=image)
 
     from energyreg.estimators.table import EnergyRegressor
     from energyreg.training.failures import TrainingError
 
     held_out = None
     if share is None:
-        _, other, other_y = _training_table(Path(validation), target, [], keep=names, image=image)
+        _, other, other_y = _training_table(Path(validation), target, [], missing, keep=names, image=image)
         held_out = (other, other_y)
     use_threads(threads)
     settings: dict[str, Any] = {
@@ -125,21 +135,22 @@ def fit(
         "time_budget": time_budget, "validation_fraction": 0.1 if share is None else share, "conformal": conformal,
         "random_state": seed, "verbose": not quiet,
     }  # fmt: skip
-    regressor: EnergyRegressor
+    regressor: EnergyRegressor | ImageRegressor
     if image is None:
-        regressor, explained = EnergyRegressor(**settings), about(data, target)
+        regressor, explained = EnergyRegressor(**settings), about(data, target, strict=strict, said=said)
     else:
         from energyreg.estimators.image import ImageRegressor
 
         if network.get("weights") == "none":
             network["weights"] = None
         regressor = ImageRegressor(image=image, **network, **settings)
-        explained = about_images(data, frame, target, range(1, len(frame) + 1), fitting=True)
+        explained = about_images(data, frame, target, range(1, len(frame) + 1), fitting=True, said=said)
     # Whatever the training prints is no result: stdout is for those.
     with contextlib.redirect_stdout(sys.stderr), explained:
         try:
             if large:
-                regressor.fit_file(data, list(target), drop=drop or [], eval_set=held_out)
+                assert isinstance(regressor, EnergyRegressor)
+                regressor.fit_file(data, list(target), drop=drop or [], eval_set=held_out, missing=missing)
                 rows = regressor.n_samples_fit_
             else:
                 regressor.fit(frame, y if len(target) > 1 else y[:, 0], eval_set=held_out)
@@ -153,6 +164,7 @@ def fit(
     facts = {
         "targets": list(target), "data": data.name, "rows": rows, "seconds": round(time.monotonic() - started, 1),
         "version": __version__, "interrupted": interrupted, "seed": seed,
+        "missing": missing, "notes": [in_words(note) for note in said.values()],
     }  # fmt: skip
     path = save(regressor, output, facts)
     nll = history.best_validation_nll
@@ -178,13 +190,14 @@ def _training_table(
     path: Path,
     target: Sequence[str],
     drop: Sequence[str],
+    missing: Sequence[str],
     keep: Sequence[str] | None = None,
     image: str | None = None,
 ) -> tuple[list[str], DataFrame, np.ndarray]:
     """Names of the inputs, their columns, and the targets."""
     from energyreg.tables import files as tablefiles
 
-    frame = tablefiles.read(path, kinds=None if image is None else {image: "text"})
+    frame = tablefiles.read(path, kinds=None if image is None else {image: "text"}, missing=missing)
     frame.columns = [str(name) for name in frame.columns]
     present(frame, target, path, "--target names")
     present(frame, drop, path, "--drop names")

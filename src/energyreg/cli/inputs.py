@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
+import sys
+import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from energyreg.cli.console import InputError
 from energyreg.errors import Located
@@ -14,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from pandas import DataFrame
 
-__all__ = ["about", "about_images", "image_files", "present", "target_columns"]
+__all__ = ["about", "about_images", "image_files", "in_words", "local", "present", "target_columns"]
 
 
 def present(frame: DataFrame, names: Sequence[str], path: Path, why: str) -> list[str]:
@@ -43,12 +48,13 @@ def target_columns(frame: DataFrame, names: Sequence[str], path: Path, offset: i
     import numpy as np
     import pandas
 
-    from energyreg.tables.files import describe_value
+    from energyreg.tables.file_errors import describe_value
+    from energyreg.tables.files import to_numbers
 
     columns = []
     for name in present(frame, names, path, "holds the target"):
         series = frame[name]
-        values = pandas.to_numeric(series, errors="coerce").astype(np.float64).to_numpy()
+        values = to_numbers(series)
         bad = ~np.isfinite(values)
         if not pandas.api.types.is_numeric_dtype(series.dtype) and series.dtype != object:
             text = bad & series.notna().to_numpy()
@@ -67,28 +73,100 @@ def target_columns(frame: DataFrame, names: Sequence[str], path: Path, offset: i
 
 
 @contextlib.contextmanager
-def about(path: Path, targets: Sequence[str], offset: int = 0) -> Iterator[None]:
-    """Words for the errors of the estimator: file, column names and rows of the file instead of X, y and positions."""
+def about(
+    path: Path,
+    targets: Sequence[str],
+    numbers: Sequence[int] | None = None,
+    *,
+    strict: bool = False,
+    said: dict[str, str] | None = None,
+) -> Iterator[None]:
+    """Words for what the estimator says: file, column names and rows of the file instead of X, y and positions.
+
+    Args:
+        path: The file.
+        targets: Names of the target columns.
+        numbers: Numbers of the rows in the file; from 1 by default.
+        strict: Whether odd cells are an error.
+        said: Column → what was said of its cells, which is said once.
+    """
+    from energyreg.files import CheckpointError
+    from energyreg.tables.cells import CellWarning, ColumnWarning
+    from energyreg.tables.files import TableFileError, error_about
+
+    show_plain = warnings.showwarning
+    known: dict[str, str] = {} if said is None else said
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if isinstance(message, CellWarning):
+            text = str(error_about(message.error, path, targets, numbers=numbers))
+            if strict:
+                raise InputError(f"{text.rstrip('.')}, which --strict refuses.")
+            if known.setdefault(str(message.error.column), text) is not text:
+                return
+            message = CellWarning(message.error, text)
+        elif isinstance(message, ColumnWarning):
+            known[""] = str(message)
+        show_plain(message, category, *rest, **more)
+
+    warnings.showwarning = show
     try:
         yield
     except (ValueError, TypeError) as error:
-        from energyreg.files import CheckpointError
-        from energyreg.tables.files import TableFileError, error_about
-
         if isinstance(error, (CheckpointError, TableFileError, InputError)):
             raise
-        raise InputError(str(error_about(error, path, targets, offset))) from error
+        raise InputError(str(error_about(error, path, targets, numbers=numbers))) from error
+    finally:
+        warnings.showwarning = show_plain
+
+
+_SPOOLED: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def local(path: Path) -> Path:
+    """A file to read; for "-" one with what comes from standard input, which is read several times.
+
+    The first bytes say whether it is Parquet, Feather, or a CSV, compressed or not.
+    """
+    if str(path) != "-":
+        return path
+    folder = tempfile.TemporaryDirectory(prefix="energyreg-", ignore_cleanup_errors=True)
+    _SPOOLED.append(folder)  # until the process ends
+    stream = sys.stdin.buffer
+    start = stream.read(6)
+    suffixes = {
+        b"PAR1": ".parquet", b"ARROW1": ".feather", b"\x1f\x8b": ".csv.gz", b"BZh": ".csv.bz2", b"\xfd7zXZ": ".csv.xz",
+    }  # fmt: skip
+    suffix = next((suffix for magic, suffix in suffixes.items() if start.startswith(magic)), ".csv")
+    spooled = Path(folder.name) / f"standard-input{suffix}"
+    with open(spooled, "wb") as file:
+        file.write(start)
+        shutil.copyfileobj(stream, file)
+    return spooled
+
+
+def in_words(message: str) -> str:
+    """A message in which the copy of standard input has no path."""
+    for folder in _SPOOLED:
+        message = re.sub(re.escape(folder.name) + r"\S*?standard-input[.a-z0-9]*[a-z0-9]", "standard input", message)
+    return message
 
 
 @contextlib.contextmanager
 def about_images(
-    path: Path, files: DataFrame, targets: Sequence[str], numbers: Sequence[int], *, fitting: bool = False
+    path: Path,
+    files: DataFrame,
+    targets: Sequence[str],
+    numbers: Sequence[int],
+    *,
+    fitting: bool = False,
+    **options: Any,
 ) -> Iterator[None]:
     """As `about` for a column of files, in rows of the table with these numbers."""
     from energyreg.images.reading import ImageFileError
 
     column = str(files.columns[0])
-    with about(path, targets):
+    with about(path, targets, **options):
         try:
             yield
         except ImageFileError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,11 +29,15 @@ class Fitted:
         regressor: The estimator.
         path: Its file.
         facts: Entries of the file by their names: targets, rows, data, version and others.
+        strict: Whether odd cells of tables are an error.
+        said: Column → what was said of its cells.
     """
 
     regressor: DensityRegressor
     path: Path
     facts: Mapping[str, Any]
+    strict: bool = False
+    said: dict[str, str] = field(default_factory=dict)
     shown_kind: ClassVar[str] = ""
     """What `info` calls the columns; empty for the kind of their values."""
 
@@ -50,6 +54,11 @@ class Fitted:
         plans = self.regressor.preprocessor_.state()["plans"]
         kinds = {name: plan["kind"] for name, plan in zip(self.columns or [], plans, strict=False)}
         return kinds | dict.fromkeys(self.facts.get("targets", []), "number")
+
+    @property
+    def missing(self) -> list[str]:
+        """Cells that stand for a missing value, besides the usual ones."""
+        return list(self.facts.get("missing", []))
 
     @property
     def columns(self) -> list[str] | None:
@@ -82,7 +91,7 @@ class Fitted:
         self, path: Path, x: Any, targets: Sequence[str], numbers: Sequence[int]
     ) -> contextlib.AbstractContextManager[None]:
         """Words for errors about inputs, which are rows of the table with these numbers."""
-        return about(path, targets, numbers[0] - 1)
+        return about(path, targets, numbers, strict=self.strict, said=self.said)
 
 
 class FittedOnImages(Fitted):
@@ -116,10 +125,10 @@ class FittedOnImages(Fitted):
         self, path: Path, x: Any, targets: Sequence[str], numbers: Sequence[int]
     ) -> contextlib.AbstractContextManager[None]:
         """Words for errors about files, which are in rows of the table with these numbers."""
-        return about_images(path, x, targets, numbers)
+        return about_images(path, x, targets, numbers, strict=self.strict, said=self.said)
 
 
-def load(path: Path, threads: int | None = None, data: Path | None = None) -> Fitted:
+def load(path: Path, threads: int | None = None, data: Path | None = None, strict: bool = False) -> Fitted:
     """Read a model file; what is missing of it or of the table to predict is said before anything is imported.
 
     Raises:
@@ -141,10 +150,10 @@ def load(path: Path, threads: int | None = None, data: Path | None = None) -> Fi
     regressor, state = load_estimator(path)
     facts = state.get("table", {})
     if not isinstance(regressor, ImageRegressor):
-        return Fitted(regressor, path, facts)
+        return Fitted(regressor, path, facts, strict)
     # Where the features of the training images were kept, is no place for those of others.
     regressor.set_params(folder=None, cache=None, verbose=False)
-    return FittedOnImages(regressor, path, facts)
+    return FittedOnImages(regressor, path, facts, strict)
 
 
 def save(regressor: DensityRegressor, path: Path, facts: Mapping[str, Any]) -> Path:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from energyreg.cli.console import InputError
-from energyreg.cli.inputs import present, target_columns
+from energyreg.cli.inputs import local, present, target_columns
 from energyreg.cli.model_file import Fitted, load
-from energyreg.cli.options import Data, Identifier, Model, Quiet, Seed, TableOutput, TargetOfData, Threads
+from energyreg.cli.options import Data, Identifier, Model, Quiet, Seed, Strict, TableOutput, TargetOfData, Threads
 from energyreg.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def predict(
     identifier: Identifier = None,
     target: TargetOfData = None,
     threads: Threads = None,
+    strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict a number, an interval and quantiles for each row; memory stays bounded, whatever the rows."""
@@ -54,7 +55,8 @@ def predict(
     if not 0 < level < 1:
         raise InputError(f"--level is {level}; expected a probability between 0 and 1, such as 0.9.")
     writer = tablefiles.TableWriter(output)
-    fitted = load(model, threads, data)
+    data = local(data)
+    fitted = load(model, threads, data, strict)
     names = fitted.targets(target) if density_at_target else list(target or fitted.facts.get("targets", []))
     from energyreg.scoring.columns import Asked, predict_columns
 
@@ -64,9 +66,9 @@ def predict(
         y = target_columns(frame, names, data, offset) if density_at_target else None
         return predict_columns(fitted.regressor, x, asked, y)
 
-    rows = _stream(fitted, data, writer, columns_of, names, identifier or [], "Predicting", quiet, fitted.chunk_rows)
+    rows = _stream(fitted, data, writer, columns_of, names, identifier, "Predicting", quiet, fitted.chunk_rows)
     if not quiet:
-        typer.echo(f"Wrote {output}: {rows:,} rows.")
+        typer.echo(f"Wrote {output}: {rows:,} rows.", err=writer.is_stream)
 
 
 def sample(
@@ -77,13 +79,15 @@ def sample(
     seed: Seed = 0,
     identifier: Identifier = None,
     threads: Threads = None,
+    strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw from the predicted density of each row: a table with one line for each draw."""
     from energyreg.tables.files import TableWriter
 
     writer = TableWriter(output)
-    fitted = load(model, threads, data)
+    data = local(data)
+    fitted = load(model, threads, data, strict)
     import numpy as np
 
     from energyreg.scoring.columns import sample_columns
@@ -97,7 +101,7 @@ def sample(
     at_once = max(min(SAMPLES_AT_ONCE // number, fitted.chunk_rows), 1)
     rows = _stream(fitted, data, writer, columns_of, names, identifier or [], "Sampling", quiet, at_once, number)
     if not quiet:
-        typer.echo(f"Wrote {output}: {number:,} draws for each of {rows:,} rows.")
+        typer.echo(f"Wrote {output}: {number:,} draws for each of {rows:,} rows.", err=writer.is_stream)
 
 
 def _stream(
@@ -106,29 +110,39 @@ def _stream(
     writer: Any,
     columns_of: Callable[[DataFrame, Any, int], dict[str, Any]],
     targets: Sequence[str],
-    identifiers: Sequence[str],
+    identifiers: Sequence[str] | None,
     what: str,
     quiet: bool,
     chunk_rows: int,
     repeat: int = 1,
 ) -> int:
-    """Read a table in chunks, and write what a function makes of each; returns how many rows there were."""
+    """Read a table in chunks, and write what a function makes of each; returns how many rows there were.
+
+    Without identifiers the columns that the model was not fitted on come first, or else the number of the row.
+    """
     import pandas
 
     from energyreg.tables import files as tablefiles
 
+    count = identifiers is None
+    if identifiers is None:
+        used = {*(fitted.columns or tablefiles.columns_of(data)), *targets, *fitted.facts.get("targets", [])}
+        identifiers = [name for name in tablefiles.columns_of(data) if name not in used]
     kinds = {name: "text" for name in identifiers if name not in (fitted.columns or [])} | fitted.kinds
-    if writer.path.resolve() == data.resolve():
+    if not writer.is_stream and writer.path.resolve() == data.resolve():
         raise InputError(f"{data}: --output is the input; choose another file.")
     total = tablefiles.count_rows(data)
     done = 0
     with Progress(what, "rows", total, not quiet, transient=True) as progress, writer:
-        for frame in tablefiles.read_chunks(data, rows=chunk_rows, kinds=kinds):
+        for frame in tablefiles.read_chunks(data, rows=chunk_rows, kinds=kinds, missing=fitted.missing):
             frame.columns = [str(name) for name in frame.columns]
             present(frame, identifiers, data, "--id names")
             x = fitted.inputs(frame, data, [*targets, *identifiers])
             with fitted.about(data, x, targets, range(done + 1, done + len(frame) + 1)):
                 columns = columns_of(frame, x, done)
+            if count:  # a column that is called as one of the predictions gives way
+                identifiers = [name for name in identifiers if name not in columns]
+                columns = columns if identifiers else {"row": range(done + 1, done + len(frame) + 1)} | columns
             twice = [name for name in identifiers if name in columns]
             if twice:
                 raise InputError(f"--id {twice[0]}: the output has a column of this name already; rename it.")

@@ -12,9 +12,9 @@ import typer
 
 from energyreg import __version__
 from energyreg.cli.console import InputError, check_writable
-from energyreg.cli.inputs import present, target_columns
+from energyreg.cli.inputs import in_words, local, present, target_columns
 from energyreg.cli.model_file import Fitted, FittedOnImages, load
-from energyreg.cli.options import Data, Model, Quiet, Seed, TargetOfData, Threads
+from energyreg.cli.options import Data, Model, Quiet, Seed, Strict, TargetOfData, Threads
 from energyreg.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ def report(
     target: TargetOfData = None,
     seed: Seed = 0,
     threads: Threads = None,
+    strict: Strict = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page on how a model does on a table: scores, calibration, densities, importances."""
     if output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{output}: the report is an HTML page; choose a name that ends in .html.")
-    fitted = load(model, threads, data)
+    data = local(data)
+    fitted = load(model, threads, data, strict)
     from energyreg.reports import page as reports
     from energyreg.reports import table_report
 
@@ -49,14 +51,18 @@ def report(
     x, y = fitted.inputs(frame, data), target_columns(frame, names, data)
     labels = [str(value) for value in (frame.index if identifier is None else frame[identifier])]
     facts = {
-        "Model": str(model), "Data": str(data), "Trained on": f"{fitted.facts.get('rows') or 'unknown'} rows",
+        "Model": str(model), "Data": in_words(str(data)), "Trained on": f"{fitted.facts.get('rows') or 'unknown'} rows",
         "Members": str(fitted.regressor.n_members_), "Epochs": str(fitted.regressor.n_iter_),
         "Version": f"energyreg {__version__}", "Seed": str(seed),
     }  # fmt: skip
     images = list(x[fitted.columns[0]]) if isinstance(fitted, FittedOnImages) else None
     steps = table_report.number_of_steps(x) if images is None else table_report.IMAGE_STEPS
     with fitted.about(data, x, names, frame.index):
-        if images is not None:  # all at once, before anything else is shown
+        if images is None:
+            x = fitted.regressor.preprocessor_.typed(x)
+            noted = [*fitted.facts.get("notes", []), *map(in_words, fitted.said.values())]
+            facts |= {"Odd cells and columns": " ".join(noted)} if noted else {}
+        else:  # all at once, before anything else is shown
             fitted.regressor.set_params(verbose=not quiet)
             with contextlib.redirect_stdout(sys.stderr):
                 fitted.regressor.encode(x)
@@ -88,7 +94,8 @@ def _some_rows(
     keys = np.empty(0)
     done = 0
     also = {} if identifier is None or identifier in (fitted.columns or []) else {identifier: "text"}
-    for frame in tablefiles.read_chunks(data, kinds=also | fitted.kinds | dict.fromkeys(names, "number")):
+    kinds = also | fitted.kinds | dict.fromkeys(names, "number")
+    for frame in tablefiles.read_chunks(data, kinds=kinds, missing=fitted.missing):
         frame.columns = [str(name) for name in frame.columns]
         present(frame, [identifier] if identifier else [], data, "--id names")
         target_columns(frame, names, data, done)

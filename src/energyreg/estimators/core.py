@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from energyreg.models.conformal import ConformalIntervals, ConformalRegions
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.predictive import HighestDensityRegion, PredictiveDistribution
 from energyreg.tables.blocks import Scratch, Source, encode, rows_to_learn_from
+from energyreg.tables.cells import ColumnWarning
 from energyreg.tables.preprocessing import TablePreprocessor
 from energyreg.tables.targets import read_targets
 from energyreg.training.history import History
@@ -524,9 +526,11 @@ def fit_rows(
     estimator.target_, estimator.n_outputs_, estimator.lattice_step_ = rows.target, rows.space.dim, rows.step
     preprocessor = estimator.preprocessor_ = TablePreprocessor(settings.max_levels, settings.min_count)
     learned_on = rows_to_learn_from(rows.known[rows.train], source.width, rows.seed)
-    preprocessor.fit_columns(source.names, source.take(learned_on))
-    for note in preprocessor.notes_:
-        settings.log(note[:1].upper() + note[1:])
+    preprocessor.fit_columns(source.names, source.take(learned_on), source.readings, list(map(str, source.warnings)))
+    for warning in source.warnings:
+        warnings.warn(warning, stacklevel=4)
+    if preprocessor.dropped_ and replace_encoder is None:  # the columns that an encoder made say nothing to a user
+        warnings.warn(ColumnWarning(preprocessor.dropped_), stacklevel=4)
     parts = [rows.known[part] for part in (rows.train, rows.held_out, rows.conformal)]
     with Scratch(ENCODED_IN_MEMORY if source.on_disk else None) as scratch:
         x, x_held_out, x_conformal = encode(source, preprocessor, parts, scratch)

@@ -203,6 +203,7 @@ class EnergyRegressor(DensityRegressor):
         drop: Sequence[str] = (),
         sample_weight: str | None = None,
         eval_set: Any = None,
+        missing: Sequence[str] = (),
     ) -> EnergyRegressor:
         """Learn p(y|x) from a table in a file that need not fit into memory; the same as `fit` of the same table.
 
@@ -216,6 +217,7 @@ class EnergyRegressor(DensityRegressor):
             drop: Columns that are not used.
             sample_weight: Column of the rows' weights.
             eval_set: As in `fit`.
+            missing: Cells that stand for a missing value, besides the usual ones.
 
         Returns:
             The estimator itself.
@@ -234,7 +236,7 @@ class EnergyRegressor(DensityRegressor):
         if not names or isinstance(drop, str) or not all(isinstance(name, str) for name in (*names, *drop)):
             raise ValueError(f"target is {target!r} and drop is {drop!r}; expected names of columns, drop as a list.")
         settings.log(f"Reading {path}.")
-        source = FileTable(path, names, drop, sample_weight)
+        source = FileTable(path, names, drop, sample_weight, missing)
         weights = np.ones(source.rows) if source.weights is None else source.weights
         try:
             if not (weights > 0).any():

@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -19,8 +19,9 @@ import numpy as np
 
 from energyreg.files import reserve, writing_error
 from energyreg.tables import files as tablefiles
+from energyreg.tables.cells import CellWarning, Reading, Tally
 from energyreg.tables.columns import Column, column_names, read_columns
-from energyreg.tables.files import TableFileError
+from energyreg.tables.file_errors import TableFileError, describe_value
 from energyreg.tables.preprocessing import TablePreprocessor
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Source(Protocol):
         rows: Rows.
         width: Columns.
         on_disk: Whether the table is not in memory, so that its encoded rows may be too many for that, too.
+        readings: Number of a column of text → how its cells are read; `blocks` and `take` have read them so.
+        warnings: What is to be said of odd cells.
     """
 
     names: list[str] | None
@@ -76,6 +79,8 @@ class Source(Protocol):
     rows: int
     width: int
     on_disk: bool
+    readings: dict[int, Reading]
+    warnings: list[CellWarning]
 
     def blocks(self) -> Iterator[tuple[int, list[Column]]]:
         """First row and columns of each block, in order."""
@@ -84,6 +89,11 @@ class Source(Protocol):
     def take(self, rows: np.ndarray) -> list[Column]:
         """The columns of some rows, given by ascending numbers."""
         ...
+
+
+def as_read(readings: Mapping[int, Reading], columns: Sequence[Column]) -> list[Column]:
+    """Columns whose cells of text are read."""
+    return [readings[i].column(column) if i in readings else column for i, column in enumerate(columns)]
 
 
 class MemoryTable:
@@ -111,6 +121,31 @@ class MemoryTable:
         else:
             self.names, self._whole, self.rows = read_columns(table, name)
             self.width = len(self._whole)
+        self.readings: dict[int, Reading] = {}
+        self.warnings: list[CellWarning] = []
+        self._judge_text()
+
+    def _judge_text(self) -> None:
+        """Find out which columns of text hold numbers or dates, from all of their cells."""
+        if isinstance(self.table, np.ndarray) and self.table.dtype.kind in "iufbcmM":
+            return
+        tallies: dict[int, Tally] = {}
+        for start, columns in self._raw_blocks():
+            for index, column in enumerate(columns):
+                if column.kind == "text":
+                    tallies.setdefault(index, Tally()).add(column.values, start)
+                elif index in tallies and column.kind in ("number", "time"):
+                    known = column.values[~column.missing()]
+                    whole = column.kind == "number" and bool((known == np.round(known)).all())
+                    tallies[index].add_values(column.kind, len(known), whole=whole)
+        for index, tally in tallies.items():
+            self.readings[index] = tally.reading()
+            label = index if self.names is None else self.names[index]
+            warning = tally.warning(self.readings[index], self.name, label)
+            if warning is not None:
+                self.warnings.append(warning)
+        if self._whole is not None:
+            self._whole = as_read(self.readings, self._whole)
 
     def _slice(self, start: int, stop: int) -> Any:
         if hasattr(self.table, "iloc"):
@@ -127,13 +162,17 @@ class MemoryTable:
             raise
         return names, columns
 
-    def blocks(self) -> Iterator[tuple[int, list[Column]]]:
+    def _raw_blocks(self) -> Iterator[tuple[int, list[Column]]]:
         if self._whole is not None:
             yield 0, self._whole
             return
         step = block_rows(self.width)
         for start in range(0, self.rows, step):
             yield start, self._read(start, min(start + step, self.rows))[1]
+
+    def blocks(self) -> Iterator[tuple[int, list[Column]]]:
+        for start, columns in self._raw_blocks():
+            yield start, as_read(self.readings, columns)
 
     def take(self, rows: np.ndarray) -> list[Column]:
         return _take(self, rows)
@@ -149,6 +188,7 @@ class FileTable:
         targets: Target columns.
         drop: Columns that are not used.
         weight: Column of the rows' weights, or None.
+        missing: Cells that stand for a missing value, besides the usual ones.
 
     Attributes:
         targets: Targets, shape (N, D), float64.
@@ -168,6 +208,7 @@ class FileTable:
         targets: Sequence[str],
         drop: Sequence[str] = (),
         weight: str | None = None,
+        missing: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
         there = tablefiles.columns_of(path)
@@ -178,27 +219,46 @@ class FileTable:
                 raise TableFileError(self.path, f"there is no column {name!r}; the columns are {shown}.")
         if len(set(wanted)) < len(wanted):
             raise TableFileError(self.path, f"target and sample_weight name a column twice: {', '.join(wanted)}.")
+        if set(wanted) & set(drop):
+            name = min(set(wanted) & set(drop))
+            raise TableFileError(self.path, f"the column {name!r} is a target or the weights; do not drop it.")
         self.features = [name for name in there if name not in {*wanted, *drop}]
         self.names: list[str] | None = self.features
         self.given: list[Any] | None = list(self.features)
         self.width = len(self.features)
+        self.missing = list(missing)
         if not self.features:
             raise TableFileError(self.path, "no column is left to predict from; pass a table with more columns.")
-        self.kinds: dict[str, str] = {}
         typed = tablefiles.is_typed(path)
-        found: dict[str, set[str]] = {name: set() for name in self.features}
+        texts = tablefiles.text_columns(path)
+        judged = [name for name in self.features if texts is None or name in texts]
+        tallies = {name: Tally() for name in judged}
+        kinds: dict[str, set[str]] = {name: set() for name in judged}
         numbers: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
         self.rows = 0
-        for frame in tablefiles.read_chunks(path, rows=block_rows(self.width), columns=wanted if typed else None):
+        some = [*wanted, *judged] if typed else None
+        for frame in tablefiles.read_chunks(path, rows=block_rows(self.width), columns=some, missing=missing):
             for name in wanted:
                 what = "weight" if name == weight else "target"
                 numbers[name].append(_numbers(frame[name], self.path, what, self.rows))
-            for name in [] if typed else self.features:
-                found[name] |= tablefiles.kind_of(frame[name])
+            for name in judged:
+                kinds[name] |= _count_cells(frame[name], tallies[name], self.rows)
             self.rows += len(frame)
-        if not typed:
-            # What one block holds may look like numbers, and the next may not.
-            self.kinds = {name: kinds.pop() if len(kinds) == 1 else "text" for name, kinds in found.items() if kinds}
+        # What one block holds may look like numbers, and the next may not.
+        self.kinds: dict[str, str] = {}
+        self.readings: dict[int, Reading] = {}
+        self.warnings: list[CellWarning] = []
+        for name, found in kinds.items():
+            if found in ({"number"}, {"time"}, {"boolean"}):
+                self.kinds[name] = min(found)
+            elif found:
+                index = self.features.index(name)
+                reading = self.readings[index] = tallies[name].reading()
+                self.kinds[name] = reading.kind
+                warning = tallies[name].warning(reading, "X", name)
+                if warning is not None:
+                    text = tablefiles.error_about(warning.error, self.path, targets)
+                    self.warnings.append(CellWarning(warning.error, text))
         joined = {name: np.concatenate(parts) for name, parts in numbers.items()}
         self.targets = np.stack([joined[name] for name in targets], 1)
         self.weights = None if weight is None else joined[weight]
@@ -206,11 +266,12 @@ class FileTable:
     def blocks(self) -> Iterator[tuple[int, list[Column]]]:
         start = 0
         step = block_rows(self.width)
-        for frame in tablefiles.read_chunks(self.path, rows=step, kinds=self.kinds, columns=self.features):
+        options: dict[str, Any] = {"kinds": self.kinds, "columns": self.features, "missing": self.missing}
+        for frame in tablefiles.read_chunks(self.path, rows=step, **options):
             if start + len(frame) > self.rows:
                 break
             try:
-                yield start, read_columns(frame[self.features], "X")[1]
+                yield start, as_read(self.readings, read_columns(frame[self.features], "X")[1])
             except (ValueError, TypeError) as error:
                 raise tablefiles.error_about(error, self.path, (), start) from error
             start += len(frame)
@@ -221,18 +282,32 @@ class FileTable:
         return _take(self, rows)
 
 
+def _count_cells(series: Series, tally: Tally, start: int) -> set[str]:
+    """Count the cells of a block of a column; returns what they seem to hold, as :func:`~files.kind_of`."""
+    kinds = tablefiles.kind_of(series)
+    if kinds == {"text"}:
+        tally.add(
+            (None if missing else str(value) for value, missing in zip(series, series.isna(), strict=True)), start
+        )
+    elif kinds & {"number", "time"}:
+        known = series.dropna()
+        whole = kinds == {"number"} and bool((known == known.round()).all())
+        tally.add_values(min(kinds), len(known), whole=whole)
+    return kinds
+
+
 def _numbers(series: Series, path: Path, what: str, offset: int) -> np.ndarray:
     """Targets or weights, all of them finite; rows count from 1."""
     import pandas
 
     dates = pandas.api.types.is_datetime64_any_dtype(series.dtype)
-    values = pandas.to_numeric(series, errors="coerce").astype(np.float64).to_numpy()
+    values = tablefiles.to_numbers(series)
     bad = np.ones(len(values), bool) if dates else ~np.isfinite(values)
     if what == "weight":
         bad |= values < 0
     if bad.any():
         row = int(bad.argmax())
-        found = tablefiles.describe_value(series.iloc[row])
+        found = describe_value(series.iloc[row])
         raise TableFileError(
             path,
             f"the {what} column {str(series.name)!r} has {found} in row {offset + row + 1}; expected finite "

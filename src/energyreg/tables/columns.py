@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import warnings
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -16,8 +17,9 @@ import numpy as np
 
 from energyreg.errors import DataError, DataTypeError
 
-__all__ = ["KINDS", "Column", "column_names", "labels_of", "read_columns"]
+__all__ = ["KINDS", "Column", "column_names", "labels_of", "read_columns", "tensor_to_array"]
 
+LARGEST_WHOLE = 2**53
 KINDS = {"number": "numbers", "text": "text", "boolean": "booleans", "time": "dates", "duration": "durations"}
 """Kinds of columns, and what an error calls their values; "missing" has no value at all."""
 
@@ -44,10 +46,21 @@ class Column:
         return np.isnan(self.values)
 
 
-def column_names(table: Any) -> list[Any] | None:
-    """Names of the columns of a pandas, polars or Arrow table, as they are; None where columns have no names."""
-    if isinstance(table, np.ndarray) or not hasattr(table, "columns"):
+def column_names(table: Any, name: str = "X") -> list[Any] | None:
+    """Names of the columns of a pandas, polars or Arrow table, as they are; None where columns have no names.
+
+    Raises:
+        TypeError: If it is a frame whose rows are not there yet.
+    """
+    if isinstance(table, np.ndarray) or not (hasattr(type(table), "columns") or hasattr(table, "columns")):
         return None
+    shape = getattr(table, "shape", None)
+    if not (isinstance(shape, tuple) and all(isinstance(size, int) for size in shape)):
+        raise DataTypeError(
+            "{name} is a {kind}, whose rows are not in memory; expected an array or a data frame. Pass "
+            "{name}.collect(), or what else turns it into one.",
+            name=name, kind=f"{type(table).__module__.partition('.')[0]}.{type(table).__name__}",
+        )  # fmt: skip
     names = table.column_names if hasattr(table, "column_names") else table.columns
     return list(names)
 
@@ -71,13 +84,10 @@ def read_columns(table: Any, name: str) -> tuple[list[str] | None, list[Column],
             "{name} is {table!r}; expected an array or a data frame. Read the file first, e.g. by pandas.read_csv.",
             name=name, table=table,
         )  # fmt: skip
-    names = column_names(table)
+    names = column_names(table, name)
     if names is not None:
         return _read_frame(table, names, name)
-    if isinstance(getattr(table, "dtype", None), np.dtype) or not hasattr(table, "numpy"):
-        array = _to_array(table, name)
-    else:  # a torch tensor, on any device
-        array = table.detach().cpu().numpy()
+    array = _to_array(table, name)
     if array.ndim != 2:
         raise DataError(
             "Expected 2D array, got {ndim}D array instead: {name} has shape {shape}; expected (rows, columns). Reshape "
@@ -89,7 +99,28 @@ def read_columns(table: Any, name: str) -> tuple[list[str] | None, list[Column],
     return None, columns, len(array)
 
 
+def tensor_to_array(tensor: Any, name: str) -> np.ndarray:
+    """A torch tensor on any device, of any dtype that torch can turn into numbers.
+
+    Raises:
+        TypeError: If it is sparse.
+    """
+    if str(tensor.layout) != "torch.strided":
+        text = "{name} is a sparse matrix ({layout}); expected a dense tensor. Convert it by {name}.to_dense()."
+        raise DataTypeError(text, name=name, layout=tensor.layout)
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    try:
+        return np.asarray(tensor.numpy())
+    except TypeError:  # a dtype that NumPy does not know, such as bfloat16
+        return np.asarray(tensor.double().numpy())
+
+
 def _to_array(table: Any, name: str) -> np.ndarray:
+    if hasattr(table, "detach") and hasattr(table, "layout"):
+        return tensor_to_array(table, name)
+    if isinstance(table, np.ma.MaskedArray):  # what is masked is missing
+        numeric = table.dtype.kind in "iuf"
+        return np.asarray(np.ma.filled(table.astype(float if numeric else object), np.nan if numeric else None))
     try:
         array = np.asarray(table)
         if array.dtype.kind in "US" and not hasattr(table, "dtype"):
@@ -135,16 +166,23 @@ def _read_frame(table: Any, names: list[Any], name: str) -> tuple[list[str], lis
 
 
 def _from_pandas(series: Any, column: str, name: str) -> Column:
-    from pandas import CategoricalDtype
+    from pandas import ArrowDtype, CategoricalDtype
     from pandas.api import types
 
     dtype = series.dtype
     if isinstance(dtype, CategoricalDtype):
-        categories = _from_array(np.asarray(series.cat.categories.astype(object), object), column, name)
-        labels = labels_of(categories)
+        values = np.asarray(series.cat.categories.astype(object), object)
+        categories = _from_array(values, column, name)
+        whole = all(isinstance(value, (int, np.integer)) and not isinstance(value, bool) for value in values)
+        # Labels such as numbers of accounts have more digits than a float.
+        labels = np.array([str(int(value)) for value in values], object) if whole else labels_of(categories)
         codes = series.cat.codes.to_numpy()
         values = np.concatenate([labels, np.array([None], object)])[codes]  # code -1, missing, takes the last
         return Column(categories.kind if len(labels) else "missing", values, categorical=True)
+    if isinstance(dtype, ArrowDtype) and dtype.kind == "O":  # dates and clock times, which pandas has no dtype for
+        import pyarrow
+
+        return _from_arrow(pyarrow.array(series), column, name)
     if types.is_datetime64_any_dtype(dtype):
         # Local time: the hour of the day there is what a model can learn from.
         series = series.dt.tz_localize(None) if getattr(series.dt, "tz", None) is not None else series
@@ -156,6 +194,7 @@ def _from_pandas(series: Any, column: str, name: str) -> Column:
     if types.is_complex_dtype(dtype):
         return _from_array(series.to_numpy(), column, name)
     if types.is_numeric_dtype(dtype):
+        _warn_about_digits(series, types.is_integer_dtype(dtype), column, name)
         return _from_array(series.to_numpy(np.float64, na_value=np.nan), column, name)
     if hasattr(series, "dt") and hasattr(series.dt, "to_timestamp"):  # periods
         return _from_array(series.dt.to_timestamp().to_numpy("datetime64[us]"), column, name)
@@ -175,6 +214,7 @@ def _from_polars(series: Any, column: str, name: str) -> Column:
     elif kind == "Time":
         return Column("duration", series.to_physical().cast(_polars("Float64")).to_numpy().astype(np.float64) / 1e9)
     elif series.dtype.is_numeric():
+        _warn_about_digits(series, series.dtype.is_integer(), column, name)
         return _from_array(series.cast(_polars("Float64")).to_numpy(), column, name)
     values = np.empty(len(series), object)
     values[:] = series.to_list()
@@ -206,7 +246,8 @@ def _from_arrow(array: Any, column: str, name: str) -> Column:
 def _from_array(values: np.ndarray, column: int | str, name: str) -> Column:
     """A column of a NumPy array of any dtype."""
     kind = values.dtype.kind
-    if kind in "iuf":
+    if kind in "iuf" or values.dtype.name.startswith(("bfloat16", "float8", "float4", "float6")):
+        _warn_about_digits(values, kind in "iu", column, name)
         numbers = values.astype(np.float64)
         _refuse_infinite(numbers, column, name)
         return Column("number", numbers)
@@ -232,6 +273,23 @@ def _from_array(values: np.ndarray, column: int | str, name: str) -> Column:
     raise DataTypeError(text, name=name, column=column, dtype=values.dtype)
 
 
+def _warn_about_digits(values: Any, whole: bool, column: int | str, name: str) -> None:
+    """Whole numbers beyond 2⁵³ are rounded to float64, by which neighbours may become one."""
+    if not whole or len(values) == 0:
+        return
+    low, high = values.min(), values.max()
+    # Missing ones compare as False, or not at all.
+    if low is None or low != low or high != high or type(low).__name__ == "NAType":
+        return
+    if max(abs(int(low)), abs(int(high))) > LARGEST_WHOLE:
+        big = int(low) if abs(int(low)) > abs(int(high)) else int(high)
+        warnings.warn(
+            f"column {column!r} of {name} has whole numbers beyond 2^53, such as {big}, which are rounded. Where they "
+            "are labels, pass them as text or as a category.",
+            stacklevel=2,
+        )
+
+
 def _refuse_infinite(numbers: np.ndarray, column: int | str, name: str) -> None:
     infinite = np.isinf(numbers)
     if infinite.any():
@@ -243,7 +301,7 @@ def _refuse_infinite(numbers: np.ndarray, column: int | str, name: str) -> None:
 
 
 def _is_missing(value: Any) -> bool:
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+    if value is None or type(value).__name__ in ("NAType", "NaTType", "MaskedConstant"):
         return True
     if isinstance(value, (np.datetime64, np.timedelta64)):
         return bool(np.isnat(value))
@@ -251,11 +309,13 @@ def _is_missing(value: Any) -> bool:
 
 
 def _kind_of(value: Any) -> str | None:
-    if isinstance(value, (str, bytes)):
+    if isinstance(value, (str, bytes)) or type(value).__name__ == "Interval":  # the latter of pandas.cut
         return "text"
     if isinstance(value, (bool, np.bool_)):
         return "boolean"
-    if isinstance(value, (datetime.timedelta, np.timedelta64)):  # before numbers: NumPy's durations are such, too
+    if isinstance(
+        value, (datetime.timedelta, datetime.time, np.timedelta64)
+    ):  # before numbers: NumPy's durations are such, too
         return "duration"
     if isinstance(value, (int, float, np.integer, np.floating, Decimal, Fraction)):
         return "number"
@@ -286,6 +346,10 @@ def _from_objects(values: np.ndarray, column: int | str, name: str) -> Column:
         return Column("missing", np.full(len(values), np.nan))
     if set(kinds) == {"number", "boolean"}:
         kinds.pop("boolean")
+    if len(kinds) == 2 and "text" in kinds:
+        spoiled = _as_text(values, missing, by_type)
+        if spoiled is not None:
+            return spoiled
     if len(kinds) > 1:
         (first, here), (second, there) = list(kinds.items())[:2]
         raise DataError(
@@ -310,6 +374,22 @@ def _from_objects(values: np.ndarray, column: int | str, name: str) -> Column:
     return Column(kind, numbers)
 
 
+def _as_text(values: np.ndarray, missing: np.ndarray, kinds: dict[type, str | None]) -> Column | None:
+    """A column of numbers or dates among which is some text, as text; None where it is too much to be an oversight."""
+    from energyreg.tables.cells import Tally
+
+    labels = np.full(len(values), None, object)
+    tally = Tally()
+    for row in np.flatnonzero(~missing):
+        value = values[row]
+        kind = kinds[type(value)]
+        labels[row] = repr(float(value)) if kind == "number" else _text(value)
+    tally.add(labels)
+    reading = tally.reading()
+    other = next(kind for kind in kinds.values() if kind not in ("text", "boolean", None))
+    return Column("text", labels, categorical=True) if reading.kind == other else None
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
@@ -327,6 +407,8 @@ def _microseconds(value: Any) -> float:
 
 
 def _seconds(value: Any) -> float:
+    if isinstance(value, datetime.time):  # since midnight
+        return 3600.0 * value.hour + 60 * value.minute + value.second + value.microsecond / 1e6
     return float(np.timedelta64(value, "us").astype(np.int64)) / 1e6
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from energyreg.checks import check_count, check_type
 from energyreg.errors import DataError
+from energyreg.tables.cells import CellWarning, Reading, Tally
 from energyreg.tables.columns import KINDS, Column, labels_of, read_columns
 
 __all__ = ["TablePreprocessor"]
@@ -45,6 +47,7 @@ PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "hour": _clock(lambda values: values % MICROSECONDS_PER_DAY / 3600e6),
 }
 """Numbers that a column can be turned into."""
+EXPECTED = {"number": "a number", "time": "a date, as 2024-05-31 or 2024-05-31 14:00"}
 TIME_PARTS = ("days", "day of the year", "weekday", "hour")
 
 
@@ -74,6 +77,7 @@ class _Plan:
         indicator: Whether a code says if its value is missing.
         levels: Labels with a code of their own, from 1 on, the most frequent first; None for a column of numbers.
         missing_level: Whether the last code stands for missing values.
+        reading: How cells of text are read, where a column of numbers or dates has some.
     """
 
     kind: str
@@ -82,6 +86,7 @@ class _Plan:
     indicator: bool = False
     levels: list[str] | None = None
     missing_level: bool = False
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         parts = {"time": TIME_PARTS, "number": ("value",), "duration": ("value",)}.get(self.kind, ())
@@ -117,7 +122,8 @@ class TablePreprocessor:
 
     Numbers (integers, floats, decimals, durations) keep their order and are clipped to the range seen in training, so
     that a wild value counts as the largest one there was. A missing number takes the median, and a code of its own says
-    so. Text, booleans and columns of a categorical dtype become codes, the most frequent first; labels that are rarer
+    so. Text that holds numbers or dates, but for some odd cells, counts as such (see :mod:`energyreg.tables.cells`).
+    Other text, booleans and columns of a categorical dtype become codes, the most frequent first; labels that are rarer
     than `min_count`, or beyond `max_levels`, share code 0 with labels that were never seen. A date gives its day, its
     day of the year, its weekday and its hour, as far as they vary. Columns with one value, or none, are dropped.
 
@@ -132,7 +138,8 @@ class TablePreprocessor:
         cardinalities_: Codes of each of the other columns.
         features_: What each column of the matrix holds, in words.
         sources_: Which column of the table each of them comes from; None where there was nothing to learn from.
-        notes_: What was dropped, and why, one sentence each.
+        notes_: What was dropped, and why, and which cells count as missing, one sentence each.
+        dropped_: Those of the notes that are about columns which are not used.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -163,13 +170,37 @@ class TablePreprocessor:
             TypeError: If it holds something that is no number, text, boolean, date or duration.
         """
         names, columns, _ = read_columns(table, name)
-        return self.fit_columns(names, columns)
+        readings: dict[int, Reading] = {}
+        for index, column in enumerate(columns):
+            if column.kind == "text":
+                tally = Tally()
+                tally.add(column.values)
+                readings[index] = tally.reading()
+        columns = [readings[i].column(column) if i in readings else column for i, column in enumerate(columns)]
+        return self.fit_columns(names, columns, readings)
 
-    def fit_columns(self, names: list[str] | None, columns: Sequence[Column]) -> TablePreprocessor:
-        """Learn from columns that were read already."""
+    def fit_columns(
+        self,
+        names: list[str] | None,
+        columns: Sequence[Column],
+        readings: Mapping[int, Reading] | None = None,
+        notes: Sequence[str] = (),
+    ) -> TablePreprocessor:
+        """Learn from columns that were read already.
+
+        Args:
+            names: Names of the columns, or None.
+            columns: The columns.
+            readings: Number of a column → how its cells of text were read.
+            notes: What is to be known of them.
+        """
         self.names_, self.num_columns_ = names, len(columns)
-        self.notes_: list[str] = []
+        self.dropped_: list[str] = []
         self._plans = [self._plan(column, f"column {self._name(i)!r}") for i, column in enumerate(columns)]
+        self.notes_ = [*notes, *self.dropped_]
+        for index, reading in (readings or {}).items():
+            if reading.kind == self._plans[index].kind:
+                self._plans[index].reading = reading
         self._describe()
         return self
 
@@ -194,7 +225,7 @@ class TablePreprocessor:
         missing = column.missing()
         plan = _Plan(column.kind, column.categorical)
         if missing.all():
-            self.notes_.append(f"{where} has no values and is not used.")
+            self.dropped_.append(f"{where} has no values and is not used.")
             return _Plan("missing")
         if column.categorical:
             self._plan_levels(plan, column, missing, where)
@@ -211,7 +242,7 @@ class TablePreprocessor:
             plan.numbers.append(_Number(part, float(quartiles[1]), scale, low, high))
         plan.indicator = bool(missing.any())
         if not plan.numbers and not plan.indicator:
-            self.notes_.append(f"{where} has the same value in every row and is not used.")
+            self.dropped_.append(f"{where} has the same value in every row and is not used.")
         return plan
 
     def _plan_levels(self, plan: _Plan, column: Column, missing: np.ndarray, where: str) -> None:
@@ -225,7 +256,7 @@ class TablePreprocessor:
                 if len(labels) == 1
                 else f"only labels of fewer than {self.min_count} rows"
             )
-            self.notes_.append(f"{where} has {reason} and is not used.")
+            self.dropped_.append(f"{where} has {reason} and is not used.")
             return
         plan.levels, plan.missing_level = kept, bool(missing.any())
 
@@ -258,6 +289,7 @@ class TablePreprocessor:
         for index, (plan, column) in enumerate(zip(self._plans, columns, strict=True)):
             if plan.kind == "missing":
                 continue
+            column = self._read_text(plan, column, self._name(index), name)
             self._check_kind(plan, column, self._name(index), name)
             if plan.levels is not None:
                 codes.append(_codes(plan, column))
@@ -288,6 +320,48 @@ class TablePreprocessor:
             raise DataError(text, name=name, problems=" and ".join(problems))
         return [place[column] for column in self.names_]
 
+    def _read_text(self, plan: _Plan, column: Column, of: int | str, name: str) -> Column:
+        """Text in a column that held numbers or dates in training, as such."""
+        if column.kind != "text" or plan.categorical or plan.kind not in ("number", "time"):
+            return column
+        values, bad = (plan.reading or Reading(plan.kind)).read(column.values)
+        if not bad:
+            known = ~np.isnan(values) | column.missing()
+            if not known.all():
+                row = int((~known).argmax())
+                text = (
+                    "column {column!r} of {name} has {value!r} in row {row}, taken as missing as in training; {count} "
+                    "such value(s)."
+                )
+                fields: dict[str, Any] = {"value": column.values[row], "count": int((~known).sum())}
+                error = DataError(text, name=name, column=of, rows=[row], **fields)
+                warnings.warn(CellWarning(error), stacklevel=2)
+            return Column(plan.kind, values)
+        text = "column {column!r} has {value!r} in row {row}; expected {expected}."
+        if np.isnan(values).all():
+            text = "column {column!r} of {name} holds text, but held {kind} in training: " + text
+        raise DataError(
+            text, name=name, column=of, kind=KINDS[plan.kind], rows=bad[:1], value=str(column.values[bad[0]]),
+            expected=EXPECTED[plan.kind],
+        )  # fmt: skip
+
+    def typed(self, frame: Any) -> Any:
+        """A pandas frame whose columns of text are numbers and dates where they were such in training.
+
+        Raises:
+            ValueError: If a cell is neither.
+        """
+        names, columns, _ = read_columns(frame, "X")
+        known = dict(zip(self.names_ or [], self._plans, strict=False))
+        changed: dict[str, np.ndarray] = {}
+        for name, column in zip(names or [], columns, strict=True):
+            if column.kind == "text" and name in known:
+                read = self._read_text(known[name], column, name, "X")
+                if read is not column:
+                    times = read.kind == "time"
+                    changed[name] = as_times(read.values) if times else read.values
+        return frame.assign(**changed)
+
     def _check_kind(self, plan: _Plan, column: Column, of: int | str, name: str) -> None:
         if column.kind in ("missing", plan.kind):
             return
@@ -316,15 +390,34 @@ class TablePreprocessor:
         """The fitted preprocessor that had this state."""
         check_type("preprocessor", state, _State)
         self = cls(state["max_levels"], state["min_count"])
-        self.names_, self.notes_ = state["names"], list(state["notes"])
+        self.names_, self.notes_, self.dropped_ = state["names"], list(state["notes"]), []
         self._plans = [
-            _Plan(**{**plan, "numbers": [_Number(**number) for number in plan["numbers"]]}) for plan in state["plans"]
+            _Plan(
+                **{
+                    **plan,
+                    "numbers": [_Number(**number) for number in plan["numbers"]],
+                    "reading": _reading_from(plan.get("reading")),
+                }
+            )
+            for plan in state["plans"]
         ]
         self.num_columns_ = len(self._plans)
         if self.names_ is not None and (len(self.names_), len(set(self.names_))) != (self.num_columns_,) * 2:
             raise ValueError(f"preprocessor has {len(self.names_)} names of {self.num_columns_} columns")
         self._describe()
         return self
+
+
+def _reading_from(state: dict[str, Any] | None) -> Reading | None:
+    return None if state is None else Reading(**{**state, "words": tuple(state["words"])})
+
+
+def as_times(microseconds: np.ndarray) -> np.ndarray:
+    """Microseconds since 1970 as datetime64, NaN as not a time."""
+    known = ~np.isnan(microseconds)
+    times = np.full(len(microseconds), np.datetime64("NaT"), "datetime64[us]")
+    times[known] = microseconds[known].astype(np.int64).astype("datetime64[us]")
+    return times
 
 
 def _some(names: Sequence[str]) -> str:

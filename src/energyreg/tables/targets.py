@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from energyreg.errors import DataError, DataTypeError
+from energyreg.tables.columns import tensor_to_array
 
 __all__ = ["read_targets"]
 
@@ -32,8 +33,13 @@ def read_targets(y: Any, name: str, rows: int, of: str = "X") -> np.ndarray:
     if hasattr(y, "toarray") and hasattr(y, "nnz"):
         text = "{name} is a sparse matrix; expected dense targets. Convert it by {name}.toarray()."
         raise DataTypeError(text, name=name)
-    if hasattr(y, "detach"):
-        y = y.detach().cpu().numpy()
+    if hasattr(y, "detach") and hasattr(y, "layout"):
+        y = tensor_to_array(y, name)
+    if np.ma.is_masked(y):
+        row = np.argwhere(np.ma.getmaskarray(y))[0][0]
+        text = "{name} is masked in {found} of {count} rows, the first in row {row}; expected numbers. Drop these rows."
+        found = int(np.ma.getmaskarray(y).reshape(len(y), -1).any(1).sum())
+        raise DataError(text, name=name, found=found, count=len(y), rows=[row])
     try:
         values = np.asarray(y)
     except ValueError as error:
