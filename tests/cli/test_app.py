@@ -1,5 +1,6 @@
 """The command does the whole job on files, streams what it can, and says what is wrong in one line."""
 
+import gzip
 import json
 import os
 import re
@@ -231,6 +232,78 @@ def test_a_chunk_is_read_as_the_whole_was(tmp_path):
     assert [chunk["a"].tolist() for chunk in chunks] == [["1", "2"], ["x", "4"]]
 
 
+# ---------------------------------------------------------------------------------------------- odd cells, odd files
+
+SPOILED = "id,a,b,y\n" + "".join(
+    f"r{i},{cell},{i % 7},{i * 0.37 % 5:.4f}\n"
+    for i, cell in enumerate(["abc", "?", *(f"{i / 9:.3f}" for i in range(58))])
+)
+
+
+def test_odd_cells_are_said_whatever_the_options(tmp_path):
+    pytest.importorskip("matplotlib")
+    path, model = write(tmp_path / "t.csv", SPOILED), tmp_path / "m"
+    said = succeed("fit", path, "-t", "y", "--drop", "id", "-o", model, *TINY, "--quiet").stderr
+    assert said.count("\n") == 1
+    assert "t.csv: column 'a' of the table: 2 values are not numbers and taken as missing ('abc' in row 1" in said
+    told = json.loads(succeed("info", model, "--json").stdout)
+    assert told["columns"] == {"a": "number", "b": "number"}
+    # Predictions take the same cells as missing, say so once, and refuse others.
+    for command in (["predict", "-o", tmp_path / "p.csv"], ["evaluate"], ["report", "-o", tmp_path / "r.html"]):
+        said = succeed(command[0], model, path, *command[1:], "--quiet").stderr
+        assert said.count("\n") == 1 and "t.csv: column 'a' of the table has 'abc' in row 1, taken as missing" in said
+        refused = run(command[0], model, path, *command[1:], "--strict")
+        assert refused.exit_code == 2 and "which --strict refuses" in refused.stderr
+    page = (tmp_path / "r.html").read_text()
+    assert "2 values are not numbers" in page and "of the table has &#39;abc&#39; in row 1" in page
+    predictions = pd.read_csv(tmp_path / "p.csv")
+    assert list(predictions)[:2] == ["id", "mean"] and predictions["id"][1] == "r1"
+
+
+def test_strict_refuses_odd_cells_and_na_adds_to_the_missing_ones(tmp_path):
+    path, options = write(tmp_path / "t.csv", SPOILED), ["-t", "y", "--drop", "id", "-o", tmp_path / "m", *TINY]
+    refused = run("fit", path, *options, "--strict")
+    assert refused.exit_code == 2 and "'abc' in row 1, '?' in row 2), which --strict refuses" in refused.stderr
+    assert sorted(other.name for other in tmp_path.iterdir()) == ["t.csv"]
+    assert succeed("fit", path, *options, "--strict", "--na", "abc", "--na", "?", "-q").stderr == ""
+    assert succeed("predict", tmp_path / "m", path, "-o", tmp_path / "p.csv", "--strict", "-q").stderr == ""
+    pd.read_csv(path).to_parquet(tmp_path / "t.parquet")
+    assert succeed("fit", tmp_path / "t.parquet", *options, "--strict", "--na", "abc", "--na", "?", "-q").stderr == ""
+
+
+def test_predictions_keep_a_key(model, frame, tmp_path):
+    for change, first in (
+        (frame, "name"),
+        (frame.drop(columns="name"), "row"),
+        (frame.rename(columns={"name": "mean"}), "row"),
+    ):
+        change.to_parquet(tmp_path / "in.parquet")
+        succeed("predict", model, tmp_path / "in.parquet", "-o", tmp_path / "p.parquet", "-q")
+        written = pd.read_parquet(tmp_path / "p.parquet")
+        assert list(written) == [first, "mean", "lower_90", "upper_90"]
+        assert written[first].tolist() == (frame["name"].tolist() if first == "name" else list(range(1, 161)))
+
+
+def test_standard_input_and_output(model, data, tmp_path):
+    succeed("predict", model, data, "-o", tmp_path / "p.csv", "-q")
+    for source in (data.read_bytes(), gzip.compress(data.read_bytes())):
+        result = CliRunner().invoke(app, ["predict", str(model), "-", "-o", "-"], input=source)
+        assert result.exit_code == 0 and result.stdout == (tmp_path / "p.csv").read_text()
+    result = CliRunner().invoke(app, ["predict", str(model), "-", "-o", "-"], input=b"area\n1\n")
+    assert result.exit_code == 2 and result.stderr.startswith("energyreg: standard input: there is no column 'polar'")
+
+
+def test_a_compressed_csv_is_read_and_written(model, data, tmp_path):
+    packed = tmp_path / "t.csv.gz"
+    packed.write_bytes(gzip.compress(data.read_bytes()))
+    succeed("predict", model, data, "-o", tmp_path / "p.csv", "-q")
+    succeed("predict", model, packed, "-o", tmp_path / "p.csv.gz", "-q")
+    assert gzip.decompress((tmp_path / "p.csv.gz").read_bytes()) == (tmp_path / "p.csv").read_bytes()
+    packed.write_bytes(packed.read_bytes()[:300])
+    result = run("predict", model, packed, "-o", tmp_path / "q.csv")
+    assert result.exit_code == 2 and "t.csv.gz: the compressed file is damaged or incomplete" in result.stderr
+
+
 # ---------------------------------------------------------------------------------------------- whole or not at all
 
 
@@ -327,6 +400,12 @@ FIT_CASES = {
     "not positive": ("a,y\n1,2\n2,0\n", ["--target-kind", "positive"], "the first in row 2, column 'y': 0"),
     "longer row": ("a,b,y\n1,2,3\n1,2,3,4\n", [], "line 3 has 4 values, but the header has 3"),
     "longer row later on": ("a,b,y\n" + "1,2,3\n" * 80 + "1,2,3,4\n", [], "line 82 has 4 values, but the header has 3"),
+    "a name for nobody": ("a,,y\n1,2,3\n4,5,6\n", [], "column 2 has no name in the header, but '2' in row 1; name it"),
+    "no names": (",,\n1,2,3\n4,5,6\n", [], "the header has no names"),
+    "JSON": ('[{"a": 1, "y": 2}]', [], "the file holds JSON, no table"),
+    "HTML": ("<!DOCTYPE html><table>", [], "the file holds HTML or XML, no table"),
+    "gzip": (gzip.compress(b"a,y\n1,2\n"), [], "the file is compressed by gzip, no text"),
+    "a target to drop": (GOOD, ["--drop", "y"], "--drop names 'y', which is a target"),
     "open quote": ('a,y\n1,"2\n3,4\n', [], "the file is no complete CSV"),
     "broken encoding": (
         b"a,y\n1,2\n\xe9,3\n",

@@ -21,6 +21,7 @@ from energyreg.estimators import core, learning
 from energyreg.tables import blocks
 from energyreg.tables import files as tablefiles
 from energyreg.tables.blocks import FileTable, MemoryTable, Scratch, encode, rows_to_learn_from
+from energyreg.tables.cells import CellWarning
 from energyreg.tables.files import TableFileError
 from energyreg.tables.preprocessing import TablePreprocessor
 
@@ -259,6 +260,10 @@ def test_errors_of_a_block_in_memory_name_the_row_of_the_table(small_blocks):
         EnergyRegressor(**FAST).fit(x, Y)
     mixed = FRAME[["a", "kind"]].to_numpy(object)
     mixed[600, 0] = "text"
+    with pytest.warns(CellWarning, match=r"column 0 of X: 1 value is not a number .*'text' in row 600"):
+        regressor = EnergyRegressor(**FAST).fit(mixed, Y)
+    assert "column 0 is missing" in regressor.preprocessor_.features_
+    mixed[600:640, 0] = "text"
     with pytest.raises(ValueError, match=r"column 0 of X mixes numbers .* with text"):
         EnergyRegressor(**FAST).fit(mixed, Y)
 

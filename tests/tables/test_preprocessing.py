@@ -198,6 +198,7 @@ COLUMN = st.one_of(
 )
 
 
+@pytest.mark.filterwarnings("ignore::energyreg.tables.cells.CellWarning")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(COLUMN, min_size=1, max_size=4))
 def test_any_mix_of_values_is_read_or_refused_in_words(columns):

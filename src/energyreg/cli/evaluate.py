@@ -57,6 +57,7 @@ def _pairs(fitted: Fitted, data: Path, names: Sequence[str]) -> Iterator[tuple[A
         y = target_columns(frame, names, data, done)
         x = fitted.inputs(frame, data, names)
         with fitted.about(data, x, names, range(done + 1, done + len(frame) + 1)):
+            x = fitted.typed(x)
             fitted.regressor.encode(x)
         yield x, y
         done += len(frame)

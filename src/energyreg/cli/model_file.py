@@ -87,6 +87,10 @@ class Fitted:
             return rest.to_numpy()
         return frame[present(frame, self.columns, path, "the model was fitted on")]
 
+    def typed(self, x: Any) -> Any:
+        """Inputs whose cells of text are read as in training."""
+        return x if self.columns is None else self.regressor.preprocessor_.typed(x)
+
     def about(
         self, path: Path, x: Any, targets: Sequence[str], numbers: Sequence[int]
     ) -> contextlib.AbstractContextManager[None]:
@@ -120,6 +124,10 @@ class FittedOnImages(Fitted):
     def inputs(self, frame: DataFrame, path: Path, beside: Sequence[str] = ()) -> DataFrame:
         """The column of files."""
         return image_files(frame, self.regressor.image, path, "the model was fitted on")
+
+    def typed(self, x: Any) -> Any:
+        """The column of files."""
+        return x
 
     def about(
         self, path: Path, x: Any, targets: Sequence[str], numbers: Sequence[int]

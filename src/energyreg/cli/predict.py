@@ -139,7 +139,7 @@ def _stream(
             present(frame, identifiers, data, "--id names")
             x = fitted.inputs(frame, data, [*targets, *identifiers])
             with fitted.about(data, x, targets, range(done + 1, done + len(frame) + 1)):
-                columns = columns_of(frame, x, done)
+                columns = columns_of(frame, fitted.typed(x), done)
             if count:  # a column that is called as one of the predictions gives way
                 identifiers = [name for name in identifiers if name not in columns]
                 columns = columns if identifiers else {"row": range(done + 1, done + len(frame) + 1)} | columns

@@ -59,7 +59,7 @@ def report(
     steps = table_report.number_of_steps(x) if images is None else table_report.IMAGE_STEPS
     with fitted.about(data, x, names, frame.index):
         if images is None:
-            x = fitted.regressor.preprocessor_.typed(x)
+            x = fitted.typed(x)
             noted = [*fitted.facts.get("notes", []), *map(in_words, fitted.said.values())]
             facts |= {"Odd cells and columns": " ".join(noted)} if noted else {}
         else:  # all at once, before anything else is shown

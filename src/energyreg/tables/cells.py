@@ -220,7 +220,7 @@ class Tally:
     integers: int = 0
     codes: bool = False
     markers: int = 0
-    odd: dict[str, _Cell] = field(default_factory=dict)
+    odd: dict[str, dict[str, _Cell]] = field(default_factory=lambda: {"number": {}, "time": {}})
 
     def add(self, labels: Iterable[str | None], start: int = 0) -> None:
         """Count a block of cells, the first of which is in row `start`; None is missing."""
@@ -239,7 +239,7 @@ class Tally:
             self.counts[kind, key, ""] += count
 
     def _count(self, label: str, cell: _Cell) -> None:
-        count, plain = cell.count, False
+        count, plain = cell.count, dict.fromkeys(self.odd, False)
         if is_marker(label):
             self.markers += count
         else:
@@ -252,20 +252,26 @@ class Tally:
             for convention in TIMES:
                 if time(text, convention) is not None:
                     self.counts["time", convention, ""] += count
-            plain = bool(_PLAIN.fullmatch(text)) or _DATES[0].fullmatch(text) is not None
+            plain["number"] = bool(_PLAIN.fullmatch(text))
+            plain["time"] = text[4:5] == "-" and time(text) is not None
             if _INTEGER.fullmatch(text):
                 self.integers += count
                 self.codes |= len(text.lstrip("+-")) > 1 and text.lstrip("+-").startswith("0")
-        if not plain and (label in self.odd or len(self.odd) < MOST_WORDS):
-            known = self.odd.setdefault(label, _Cell(cell.row))
-            known.count += count
+        for kind, odd in self.odd.items() if label.strip() else ():  # blank cells are nothing odd
+            if not plain[kind] and (label in odd or len(odd) < MOST_WORDS):
+                odd.setdefault(label, _Cell(cell.row)).count += count
 
     def reading(self) -> Reading:
         """How the column is to be read."""
         if not self.counts:
             return Reading()
-        # The first of equal counts: the point rather than the comma, and no order of days and months without evidence.
-        key, count = max(self.counts.items(), key=lambda item: (item[1], item[0][1] in ("point", "iso"), item[0]))
+        counts = dict(self.counts)
+        if counts.get(("time", "day", "")) == counts.get(("time", "month", "")):  # nobody can tell them apart
+            counts = {key: count for key, count in counts.items() if key[1] not in ("day", "month")}
+        if not counts:
+            return Reading()
+        # Of equal counts the point rather than the comma, and no order of days and months without need.
+        key, count = max(counts.items(), key=lambda item: (item[1], item[0][1] in ("point", "iso"), item[0]))
         bad = self.known - count
         if bad > MOST_BAD * self.known and not (bad == 1 and count >= 9):
             return Reading()
@@ -273,11 +279,12 @@ class Tally:
         if key[0] == "number" and (self.codes or (whole and not bad and not self.markers)):
             return Reading()  # text that holds whole numbers alone, or codes such as 007, is meant as text
         found = Reading(*key)
-        return Reading(*key, tuple(label for label in self.odd if found.value(label) is None))
+        return Reading(*key, tuple(label for label in self.odd[key[0]] if found.value(label) is None))
 
     def warning(self, reading: Reading, name: str, column: int | str) -> CellWarning | None:
         """What is to be said of the column's cells; None where all are plain."""
-        if reading.kind == "text" or not self.odd:
+        odd = self.odd.get(reading.kind)
+        if not odd:
             return None
         words = set(reading.words)
         one, many = NOUNS[reading.kind]
@@ -285,16 +292,16 @@ class Tally:
         rows: list[int] = []
         values: list[str] = []
         for bad in (True, False):
-            labels = [label for label in self.odd if (label in words) == bad]
+            labels = [label for label in odd if (label in words) == bad]
             if not labels:
                 continue
-            count = sum(self.odd[label].count for label in labels)
+            count = sum(odd[label].count for label in labels)
             shown = []
             for label in labels[:3]:
                 value = reading.value(label)
                 said = f" as {value:.9g}" if reading.kind == "number" and value is not None else ""
                 shown.append(f"{{values[{len(values)}]!r}} in row {{rows[{len(rows)}]}}{said}")
-                rows.append(self.odd[label].row)
+                rows.append(odd[label].row)
                 values.append(label)
             more = f", and {count - len(shown)} more" if count > len(shown) else ""
             verb, what = ("is", one) if count == 1 else ("are", many)

@@ -120,7 +120,9 @@ def _to_array(table: Any, name: str) -> np.ndarray:
         return tensor_to_array(table, name)
     if isinstance(table, np.ma.MaskedArray):  # what is masked is missing
         numeric = table.dtype.kind in "iuf"
-        return np.asarray(np.ma.filled(table.astype(float if numeric else object), np.nan if numeric else None))
+        array = np.array(table.data, float if numeric else object)
+        array[np.ma.getmaskarray(table)] = np.nan if numeric else None
+        return array
     try:
         array = np.asarray(table)
         if array.dtype.kind in "US" and not hasattr(table, "dtype"):
@@ -179,7 +181,8 @@ def _from_pandas(series: Any, column: str, name: str) -> Column:
         codes = series.cat.codes.to_numpy()
         values = np.concatenate([labels, np.array([None], object)])[codes]  # code -1, missing, takes the last
         return Column(categories.kind if len(labels) else "missing", values, categorical=True)
-    if isinstance(dtype, ArrowDtype) and dtype.kind == "O":  # dates and clock times, which pandas has no dtype for
+    if isinstance(dtype, ArrowDtype) and (dtype.kind == "O" or str(dtype).startswith("date")):
+        # Dates and clock times, for which pandas has no dtype of its own.
         import pyarrow
 
         return _from_arrow(pyarrow.array(series), column, name)

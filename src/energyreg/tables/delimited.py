@@ -128,7 +128,7 @@ def _typed(frame: DataFrame, kinds: Mapping[str, str], decimal: str) -> DataFram
     """The columns as what they are to be; dates in text become dates, unless a cell is none."""
     import pandas
 
-    from energyreg.tables.cells import Reading
+    from energyreg.tables.cells import Reading, Tally
     from energyreg.tables.preprocessing import as_times
 
     for name in frame.columns:
@@ -145,10 +145,10 @@ def _typed(frame: DataFrame, kinds: Mapping[str, str], decimal: str) -> DataFram
             if 2 * int(marked.sum()) > int(series.notna().sum()):
                 frame[name] = series.where(~marked, series.str.replace(",", "."))
         if kind == "time" or (kind is None and _looks_like_dates(series)):
-            labels = series.astype(object).where(series.notna(), None).to_numpy(object)
-            values, bad = Reading("time").read(labels, known=())
-            if not bad and not (pandas.isna(values) & series.notna().to_numpy()).any():
-                frame[name] = as_times(values)
+            labels, tally = labels_in(series), Tally()
+            tally.add(labels)
+            if not tally.odd["time"]:
+                frame[name] = as_times(Reading("time").read(labels)[0])
     return frame
 
 

@@ -134,9 +134,10 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
     path, kind = Path(path), check_readable(path)
     if kind == "csv":
         return csv_names(path)
-    names = _names_of(_schema(path, kind))
-    check_names(path, names)
-    return names
+    with _complete(path, kind):  # names are decoded when they are asked for
+        names = _names_of(_schema(path, kind))
+        check_names(path, names)
+        return names
 
 
 def text_columns(path: str | os.PathLike[str]) -> list[str] | None:
@@ -151,9 +152,9 @@ def text_columns(path: str | os.PathLike[str]) -> list[str] | None:
         return None
     from pyarrow import types
 
-    schema = _schema(path, kind)
     text = (types.is_string, types.is_large_string, types.is_string_view)
-    return [str(field.name) for field in schema if any(is_text(field.type) for is_text in text)]
+    with _complete(path, kind):
+        return [str(field.name) for field in _schema(path, kind) if any(is_text(field.type) for is_text in text)]
 
 
 def _schema(path: Path, kind: str) -> Any:

@@ -199,7 +199,7 @@ class TablePreprocessor:
         self._plans = [self._plan(column, f"column {self._name(i)!r}") for i, column in enumerate(columns)]
         self.notes_ = [*notes, *self.dropped_]
         for index, reading in (readings or {}).items():
-            if reading.kind == self._plans[index].kind:
+            if reading.kind != "text" and reading.kind == self._plans[index].kind:
                 self._plans[index].reading = reading
         self._describe()
         return self
@@ -326,7 +326,8 @@ class TablePreprocessor:
             return column
         values, bad = (plan.reading or Reading(plan.kind)).read(column.values)
         if not bad:
-            known = ~np.isnan(values) | column.missing()
+            blank = [value is None or not value.strip() for value in column.values]
+            known = ~np.isnan(values) | blank
             if not known.all():
                 row = int((~known).argmax())
                 text = (
