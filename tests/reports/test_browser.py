@@ -149,13 +149,14 @@ def path(tmp_path_factory):
         for i in range(1, 6)
     ]
     links = Table("Links", ["Row", "Text"], [[{"text": "Row 4", "href": "#row-4"}, "t"]])
+    long = Table("Long", [f"Heading {i}" for i in range(6)], [["row", *["1,514,600 (−1,514,600 to −1,480,000)"] * 5]])
     page = SectionedReport(
         "Lengths of things", ["The question, and the answer."],
         [
             Section("numbers", "Numbers", ["Text."], [table, wide], {"Term": "Meaning."}, facts={"Path": "/x" * 80}),
             Section("figures", "Figures", drawings=[drawing("one"), drawing("two")]),
             Section("rows", "Row by row", gallery=Gallery("Rows", items)),
-            Section("links", "Links", tables=[links]),
+            Section("links", "Links", tables=[links, long]),
         ],
         ["The end."],
     )  # fmt: skip
@@ -209,18 +210,58 @@ def test_the_page_itself_forbids_requests(browser, path):
     assert blocked == "img-src"
 
 
-@pytest.mark.parametrize("width", [320, 390, 1280])
-def test_nothing_overflows_sideways(browser, path, width):
-    browser.show(path, width=width)
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+OUTSIDE = """(() => {
+    const right = document.documentElement.clientWidth + 1;
+    const wide = [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1);
+    const outside = [...document.querySelectorAll('main *')].filter(e => {
+        const box = e.getBoundingClientRect();
+        return box.width > 1 && !e.closest('svg') && (box.right > right || box.left < -1);
+    });
+    return [...wide, ...outside].map(e => `${e.tagName} ${e.className} ${e.textContent.trim().slice(0, 40)}`);
+})()"""
+"""Elements that are wider than the page, and boxes that would have to be scrolled sideways."""
+
+
+@pytest.mark.parametrize("width", [320, 360, 420, 768, 1024, 1280])
+@pytest.mark.parametrize("script", [True, False])
+def test_nothing_is_wider_than_the_page(browser, path, width, script):
+    browser.show(path, width=width, script=script)
+    browser.send("Emulation.setScriptExecutionDisabled", value=False)
     assert browser.run("window.innerWidth") == width
-    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert browser.run(overflow) == 0
-    # A wide table scrolls in its own box, which the keyboard can reach.
+    assert browser.run(OVERFLOW) == 0 and browser.run(OUTSIDE) == []
+    # A table that were too wide all the same would scroll in its own box, which the keyboard can reach.
     assert browser.run("[...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0)")
-    if width < 600:
-        assert browser.run("(e => e.scrollWidth > e.clientWidth)(document.querySelectorAll('.scroll')[1])")
+    browser.run("document.querySelector('td').style = 'white-space: nowrap; display: block; width: 3000px'")
+    assert browser.run(OUTSIDE) != []  # so it would have been seen
     browser.run("document.querySelector('h1').style.width = '3000px'")
-    assert browser.run(overflow) > 1000  # so it would have been seen
+    assert browser.run(OVERFLOW) > 1000
+
+
+def test_nothing_is_wider_than_paper(browser, path):
+    browser.show(path, width=718)  # A4, less margins of a centimetre, at 96 pixels to the inch
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert browser.run(OVERFLOW) == 0 and browser.run(OUTSIDE) == []
+        assert browser.run("getComputedStyle(document.querySelector('td')).display") == "table-cell"
+    finally:
+        browser.send("Emulation.setEmulatedMedia", media="")
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_tables_stay_tables_for_screen_readers(browser, path, width):
+    browser.show(path, width=width)
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    roles = [node["role"]["value"] for node in nodes if not node.get("ignored")]
+    shown = 2 + 1 + 1 + 1  # rows of the table of numbers that pass its filter, and of the others
+    assert roles.count("table") == 4 and roles.count("row") == shown + 4
+    assert roles.count("columnheader") == 3 + 13 + 2 + 6 and roles.count("rowheader") == shown
+    assert roles.count("cell") == 2 * 2 + 12 + 1 + 5
+    # A value has its heading beside it where the headings are not above.
+    label = "getComputedStyle(document.querySelectorAll('td')[1], '::before').content"
+    assert ("Letter" in browser.run(label)) is (width < 640)
+    # Whatever sorts can still be reached.
+    assert browser.run("[...document.querySelectorAll('th button')].every(e => e.getBoundingClientRect().width > 10)")
 
 
 def test_colours_follow_the_scheme(browser, path):

@@ -30,7 +30,7 @@ def fixed(size: float, digits: int = 4) -> Callable[[float], str]:
     if not 1e-4 <= abs(size) < 1e15:
         return lambda value: number(value, 3)
     decimals = max(digits - 1 - math.floor(math.log10(abs(size))), 0)
-    return lambda value: minus(f"{value:{_comma(abs(value))}.{decimals}f}")
+    return lambda value: minus(f"{value:{_comma(max(abs(size), abs(value)))}.{decimals}f}")
 
 
 def _comma(size: float) -> str:

@@ -23,6 +23,7 @@ from energyreg import plots
 from energyreg.files import write_atomically
 from energyreg.reports.comparison import Example, ModelResult, Partition, Report, Score, sections_of
 from energyreg.reports.content import Drawing, Gallery, GalleryItem, Section, SectionedReport, Table
+from energyreg.reports.numbers import number
 
 __all__ = [
     "Drawing",
@@ -71,6 +72,8 @@ def render(report: Report | SectionedReport, *, progress: Callable[[int], None] 
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
         loader=jinja2.FunctionLoader(lambda name: files("energyreg.reports").joinpath(name).read_text("utf-8")),
     )  # fmt: skip
+
+    environment.filters["intervals"] = _intervals
 
     def picture(drawing: Drawing, name: str) -> dict[str, Any]:
         photo = base64.b64encode(drawing.photo).decode()
@@ -140,7 +143,9 @@ def _svg(draw: Any, alternative: str, name: str) -> Any:
     settings: dict[Any, Any] = dict.fromkeys(_COLOR_KEYS, _NEUTRAL) | {"svg.fonttype": "none", "svg.hashsalt": name}
     buffer = io.StringIO()
     with matplotlib.rc_context(settings):
-        draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure = draw()
+        _write_out_numbers(figure)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -161,6 +166,29 @@ def _svg(draw: Any, alternative: str, name: str) -> Any:
     assert box is not None
     head = f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(alternative)}">'
     return Markup(head + text[text.index(">") + 1 :].strip())
+
+
+def _intervals(text: Any) -> Any:
+    """A cell's text in which an interval in brackets is an element, which lists keep on one line."""
+    from markupsafe import Markup, escape
+
+    return Markup(
+        re.sub(r"\([^() ]{1,12} to [^() ]{1,12}\)", r'<span class="interval">\g<0></span>', str(escape(text)))
+    )
+
+
+def _write_out_numbers(figure: Any) -> None:
+    """Numbers of axes as people write them: 1,500,000, not 1.5 and 1e6 at the end."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+
+    for axes in figure.axes:
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            size = max(map(abs, limits))
+            plain = type(axis.get_major_formatter()) is ScalarFormatter and axis.get_scale() == "linear"
+            if plain and (size >= 1e4 or size < 1e-3 or abs(limits[1] - limits[0]) < 1e-3 * size):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 6)))
+                if axis is axes.xaxis:  # long numbers side by side
+                    axis.set_major_locator(MaxNLocator(3))
 
 
 def _highlight(code: str) -> Any:

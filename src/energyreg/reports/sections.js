@@ -3,8 +3,21 @@
   "use strict";
   const all = (root, selector) => [...root.querySelectorAll(selector)];
 
+  // Tables: one whose values are too long for the page becomes a list, as those of many columns always are.
+  const fit = () => {
+    for (const table of all(document, ".scroll > table:not(.stack), .scroll > table[data-stacked]")) {
+      table.classList.remove("stack");
+      const wide = table.parentElement.scrollWidth > table.parentElement.clientWidth + 1;
+      table.classList.toggle("stack", wide);
+      table.toggleAttribute("data-stacked", wide);
+    }
+  };
+  window.addEventListener("resize", fit);
+  fit();
+
   // Tables: a heading is a button that sorts by its column.
   for (const table of all(document, "table[data-sortable]")) {
+    table.classList.add("sorts");
     const headings = all(table.tHead, "th");
     headings.forEach((heading, column) => {
       const button = document.createElement("button");
