@@ -125,7 +125,7 @@ def test_fits_a_phone_and_both_colour_schemes(html, page):
 
 def test_best_value_of_each_column_is_bold(html):
     assert re.findall(r'<td [^>]*class="best">([^<]+)</td>', html) == ["92.0%", "1.125"]  # the order of the rows
-    assert re.findall(r"<td>([^<]+)</td>", html) == ["1.250", "84.0%"]
+    assert re.findall(r'<td role="cell" data-label="[^"]*">([^<]+)</td>', html) == ["1.250", "84.0%"]
 
 
 @pytest.mark.parametrize(
