@@ -255,7 +255,7 @@ def test_state_dict_restores_the_standardisation(case: tuple[TargetSpace, Tensor
     fresh.load_state_dict(space.state_dict())
     assert fresh.fitted
     assert torch.equal(fresh.to_model(y), space.to_model(y))
-    assert {name.rsplit(".")[-1] for name in space.state_dict()} == {"loc", "scale", "fitted"}
+    assert {name.rsplit(".")[-1] for name in space.state_dict()} - {"knee"} == {"loc", "scale", "fitted"}
 
 
 def test_constructor_arguments_rebuild_the_space(case: tuple[TargetSpace, Tensor]) -> None:
@@ -402,6 +402,26 @@ def test_positive_takes_the_range_of_float32() -> None:
     space = Positive()
     space.fit(y)
     torch.testing.assert_close(space.to_user(space.to_model(y)).float(), y)
+
+
+def test_positive_is_a_logarithm_up_to_the_largest_training_target_and_linear_beyond() -> None:
+    space = Positive()
+    assert space.to_model(torch.tensor([[1e30]])).item() == pytest.approx(math.log(1e30))  # unfitted: a logarithm
+    y = torch.tensor([[0.01], [1.0], [20.0]], dtype=torch.float64)
+    space.fit(y)
+    torch.testing.assert_close(space.to_model(y) * space.scale + space.loc, y.log())
+    knee = space.to_model(y[-1:])
+    far = space.to_user(knee + torch.tensor([[1.0], [2.0], [4.0], [1e6]]) / space.scale)
+    torch.testing.assert_close(far, 20.0 * torch.tensor([[2.0], [3.0], [5.0], [1.0 + 1e6]], dtype=torch.float64))
+    torch.testing.assert_close(space.to_model(far), knee + torch.tensor([[1.0], [2.0], [4.0], [1e6]]) / space.scale)
+    near = torch.tensor([[20 - 1e-9], [20 + 1e-9]], dtype=torch.float64)  # neither a jump nor an edge
+    assert space.to_model(near).diff(dim=0).item() == pytest.approx(2e-9 / 20 / space.scale.item(), rel=1e-4)
+    assert space.log_abs_det_jacobian(near).diff().abs() < 1e-9
+    grown = near.clone().requires_grad_()
+    space.to_model(grown).sum().backward()
+    torch.testing.assert_close(grown.grad[:, 0].log(), space.log_abs_det_jacobian(near))
+    space.fit(y / 100)  # a second fit knows nothing of the first
+    assert space.knee.item() == 0.2 and space.loc.item() == pytest.approx((y / 100).log().mean().item())
 
 
 def test_product_concatenates_its_parts() -> None:

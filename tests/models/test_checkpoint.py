@@ -614,3 +614,16 @@ def test_slabs_and_standardised_coordinates_come_back(tmp_path):
     assert loaded.base.standardised and loaded.base.reference.slabs == ((-0.1, 0.1), (0.5, 0.6))
     x, y = torch.randn(4, 2), torch.tensor([0.0, 0.55, 2.0, -1.0])
     assert torch.equal(loaded(x).log_prob(y), model(x).log_prob(y))
+
+
+def test_a_positive_target_of_an_earlier_version_stays_a_logarithm(tmp_path):
+    """The knee came later: a file without it holds a model that was without."""
+    model = er.EnergyRegressionModel.for_table(2, er.spaces.Positive(), width=8)
+    model.fit_preprocessing(torch.randn(50, 2), torch.rand(50) + 0.1)
+    path = er.save(model.eval(), tmp_path / "model")
+    assert er.load(path).space.knee == model.space.knee < 1.2
+    tensors = safetensors.torch.load_file(path)
+    del tensors["space.knee"]
+    old = er.load(rewritten(path, tensors=tensors))
+    y = torch.tensor([[100.0]], dtype=torch.float64)
+    torch.testing.assert_close(old.space.to_model(y) * old.space.scale + old.space.loc, y.log())

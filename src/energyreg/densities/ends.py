@@ -67,10 +67,11 @@ def window(space: TargetSpace) -> Tensor:
         if isinstance(part, Circle):
             columns.append(part.loc.new_tensor([[-math.pi], [math.pi]]).expand(-1, part.dim))
             continue
-        first, last = -LARGEST, LARGEST
         if isinstance(part, Positive):
-            first, last = math.log(SMALLEST), math.log(LARGEST)
-        elif isinstance(part, Interval):
+            columns.append(part.to_model(part.loc.new_tensor([[SMALLEST], [LARGEST]]).expand(2, part.dim)))
+            continue
+        first, last = -LARGEST, LARGEST
+        if isinstance(part, Interval):
             last = math.log(1 / MARGIN - 1) + 1
             first = -last
         columns.append((part.loc.new_tensor([[first], [last]]) - part.loc) / part.scale)

@@ -88,3 +88,18 @@ def as_numbers(value: Any, name: str) -> float | list[float]:
     if isinstance(value, list | tuple):
         return [as_number(entry, name) for entry in value]
     return as_number(value, name)
+
+
+def mean_and_spread(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (of the population) of each column, (N, D) to (D,) both.
+
+    Relative to the first row: a constant column has a spread of exactly 0, and a far origin costs no digits.
+    """
+    mean = (t - t[0]).mean(0)
+    return t[0] + mean, (t - t[0]).std(0, correction=0)
+
+
+def first_row(bad: Tensor) -> tuple[str, int, int]:
+    """How many rows of a bool tensor (N, D) have a True, in words, and the row and column of the first."""
+    row, column = bad.nonzero()[0].tolist()
+    return f"{int(bad.any(-1).sum())} of {len(bad)} rows", row, column

@@ -36,7 +36,9 @@ from energyreg.densities.precision import (
     ExactModule,
     as_number,
     as_numbers,
+    first_row,
     float32_inside,
+    mean_and_spread,
     to_exact,
 )
 from energyreg.errors import DataError
@@ -111,7 +113,7 @@ class TargetSpace(ExactModule, ABC):
                 f"y has the same value in every row of column {column}: {y[0, column].item():.9g}; expected targets "
                 f"that vary; drop the column, or check how it was made."
             )
-        self._standardise(loc, spread)
+        self._standardise(loc, spread, y)
 
     def to_model(self, y: Tensor) -> Tensor:
         """Map targets to model space.
@@ -173,7 +175,7 @@ class TargetSpace(ExactModule, ABC):
         rows = to_exact(self._exact(y, name).detach(), self.loc.device).reshape(-1, self.dim)
         bad = ~rows.isfinite()
         if bad.any():
-            count, row, column = _first(bad)
+            count, row, column = first_row(bad)
             raise DataError(
                 "{name} has NaN or infinite values in {count}, the first in row {row}, column {column!r}: {value}; "
                 "expected finite numbers; drop these rows or fill in their values.",
@@ -181,7 +183,7 @@ class TargetSpace(ExactModule, ABC):
             )  # fmt: skip
         bad = ~self._inside(rows)
         if bad.any():
-            count, row, column = _first(bad)
+            count, row, column = first_row(bad)
             raise DataError(
                 "{name} has values outside {space!r} in {count}, the first in row {row}, column {column!r}: "
                 "{value:.9g}; expected {expected}; drop these rows, or choose a space that contains them.",
@@ -207,7 +209,7 @@ class TargetSpace(ExactModule, ABC):
         """Centre and spread of the unconstrained coordinates of y (N, D), each (D,). Spread 0 means constant."""
 
     @abstractmethod
-    def _standardise(self, loc: Tensor, spread: Tensor) -> None: ...
+    def _standardise(self, loc: Tensor, spread: Tensor, y: Tensor) -> None: ...
 
     @abstractmethod
     def _to_model(self, y: Tensor) -> Tensor: ...
@@ -265,12 +267,9 @@ class _Elementwise(TargetSpace):
         return f"|y| <= {LARGEST:.2g}, the range of float32"
 
     def _moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        t = self._link(self._clamp(y))
-        # Relative to the first row: a constant column has a spread of exactly 0, and a far origin costs no digits.
-        mean = (t - t[0]).mean(0)
-        return t[0] + mean, (t - t[0]).std(0, correction=0)
+        return mean_and_spread(self._link(self._clamp(y)))
 
-    def _standardise(self, loc: Tensor, spread: Tensor) -> None:
+    def _standardise(self, loc: Tensor, spread: Tensor, y: Tensor) -> None:
         self.loc.copy_(loc)
         self.scale.copy_(spread)
         self.fitted.fill_(True)
@@ -311,30 +310,53 @@ class Real(_Elementwise):
 
 
 class Positive(_Elementwise):
-    r"""The numbers above 0, :math:`z = (\log y - \mathrm{loc}) / \mathrm{scale}`.
+    r"""The numbers above 0: z is the standardised logarithm of y, and grows like y itself beyond the training targets.
 
-    Zero is outside. Values below 1.2e-38 or above 3.4e38, the range of float32, count as outside too; in another unit
-    they fit.
+    .. math:: z = (t - \mathrm{loc}) / \mathrm{scale}, \qquad
+        t = \log y \text{ for } y \le k, \quad \log k + y / k - 1 \text{ for } y > k
+
+    The knee k is the largest training target: training sees the logarithm alone. Beyond it no target says how fast the
+    density falls, and an exponential tail in model space may have no mean after an exponential map, so that a defensive
+    weight of a thousandth carries all of E[y]. With the knee the moments in user units exist wherever those in model
+    space do.
+
+    Zero is outside. So are values below 1.2e-38 or above 3.4e38, the range of float32; in another unit they fit.
 
     Args:
         dim: Number of dimensions D.
+
+    Attributes:
+        knee: k, shape (D,), float64. The largest number of float32 until :meth:`fit`, and in files without it.
 
     Raises:
         ValueError: dim is not a positive integer.
     """
 
+    newer_buffers = ("knee",)
+    knee: Tensor
+
     def __init__(self, dim: int = 1) -> None:
         super().__init__(dim, (SMALLEST, LARGEST), (SMALLEST, LARGEST))
+        self.register_buffer("knee", torch.full((dim,), LARGEST, dtype=torch.float64))
+
+    def _moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return mean_and_spread(self._clamp(y).log())  # whatever the knee before
+
+    def _standardise(self, loc: Tensor, spread: Tensor, y: Tensor) -> None:
+        super()._standardise(loc, spread, y)
+        self.knee.copy_(self._clamp(y).amax(0))
 
     def _link(self, y: Tensor) -> Tensor:
-        return y.log()
+        return torch.where(y > self.knee, self.knee.log() + (y / self.knee - 1), y.log())
 
     def _inverse_link(self, t: Tensor) -> Tensor:
+        top = self.knee.log()
         # Clamped before the exponential, whose gradient would be infinite times 0 otherwise.
-        return t.clamp(math.log(SMALLEST), math.log(LARGEST)).exp()
+        below = t.clamp(math.log(SMALLEST), math.log(LARGEST)).exp()
+        return torch.where(t > top, self.knee * (1 + (t - top).clamp(0, LARGEST)), below)
 
     def _log_link_derivative(self, y: Tensor) -> Tensor:
-        return -y.log()
+        return -torch.minimum(y, self.knee).log()
 
     def _expected(self, column: int) -> str:
         return f"y > 0, from {SMALLEST:.2g} to {LARGEST:.2g}"
@@ -483,7 +505,7 @@ class Circle(_Elementwise):
         spread = torch.where(angle.abs().amax(0) <= rounding, 0.0, angle.std(0, correction=0))
         return self._wrap(y[0] + mean * self.scale), spread
 
-    def _standardise(self, loc: Tensor, spread: Tensor) -> None:
+    def _standardise(self, loc: Tensor, spread: Tensor, y: Tensor) -> None:
         self.loc.copy_(loc)
         self.fitted.fill_(True)
 
@@ -569,9 +591,10 @@ class Product(TargetSpace):
         locs, spreads = zip(*(part._moments(columns) for part, columns in self._split(y)), strict=True)
         return torch.cat(locs), torch.cat(spreads)
 
-    def _standardise(self, loc: Tensor, spread: Tensor) -> None:
-        for (part, part_loc), (_, part_spread) in zip(self._split(loc), self._split(spread), strict=True):
-            part._standardise(part_loc, part_spread)
+    def _standardise(self, loc: Tensor, spread: Tensor, y: Tensor) -> None:
+        columns = zip(*(self._split(values) for values in (loc, spread, y)), strict=True)
+        for (part, part_loc), (_, part_spread), (_, part_y) in columns:
+            part._standardise(part_loc, part_spread, part_y)
 
     def _to_model(self, y: Tensor) -> Tensor:
         return torch.cat([part._to_model(columns) for part, columns in self._split(y)], dim=-1)
@@ -591,13 +614,6 @@ class Product(TargetSpace):
                 return part._expected(column)
             column -= part.dim
         raise IndexError(column)
-
-
-def _first(bad: Tensor) -> tuple[str, int, int]:
-    """How many rows of a bool tensor (N, D) have a True, in words, and the row and column of the first."""
-    row, column = bad.nonzero()[0].tolist()
-    count = int(bad.any(-1).sum())
-    return f"{count} of {len(bad)} rows", row, column
 
 
 def _ends(first: float | Sequence[float], last: float | Sequence[float], dim: int) -> Tensor:

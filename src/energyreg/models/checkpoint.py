@@ -549,7 +549,7 @@ def _check_finite(model: nn.Module, saving: bool = True) -> None:
 def _compare(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are not those of the model; buffers of modules that are not ours may have another size."""
     names = set(model.state_dict())
-    if missing := sorted(names - set(tensors)):
+    if missing := sorted(names - set(tensors) - _newer_buffers(model)):
         raise _DescriptionError(
             f"it has no tensor {missing[0]!r} (and {len(missing) - 1} others) that the model needs."
         )
@@ -563,13 +563,19 @@ def _compare(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             places |= dict(module.named_buffers(recurse=False))
         for key, tensor in places.items():
             name = f"{prefix}.{key}" if prefix else key
-            if name not in names:  # a buffer that is not stored
+            if name not in names or name not in tensors:  # a buffer that is not stored, or was not in earlier versions
                 continue
             mine, stored = (f"shape {tuple(one.shape)}" for one in (tensor, tensors[name]))
             if mine == stored and _kind(tensor) != _kind(tensors[name]):
                 mine, stored = f"type {tensor.dtype}", f"type {tensors[name].dtype}"
             if mine != stored:
                 raise _DescriptionError(f"{name!r} has {stored} in the file, but {mine.split(' ', 1)[1]} in the model.")
+
+
+def _newer_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that files of earlier versions do not have; there they keep their values of the start."""
+    modules = ((prefix, getattr(module, "newer_buffers", ())) for prefix, module in model.named_modules())
+    return {f"{prefix}.{key}" if prefix else key for prefix, keys in modules for key in keys}
 
 
 def _kind(tensor: Tensor) -> str:
@@ -580,6 +586,8 @@ def _kind(tensor: Tensor) -> str:
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the tensors, with their dtypes."""
     _compare(model, tensors)
+    state = model.state_dict()
+    tensors = {name: state[name] for name in _newer_buffers(model) - set(tensors)} | tensors
     dtypes = {tensors[name].dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     if len(dtypes) == 1:
         # As the caller did once; this reaches the buffers that are not stored, too.
