@@ -81,10 +81,20 @@ def test_few_rows_or_columns_do(features):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("weights", [[0.0]]), ("offset", [float("nan")]), ("covariance", [[-1.0]]), ("circles", [False, False])],
+    [
+        ("weights", [[0.0]]),
+        ("offset", [float("nan")]),
+        ("covariance", [[-1.0]]),
+        ("circles", [False, False]),
+        ("cardinalities", [10**9]),
+        ("weights", "x"),
+        ("rows", None),
+        ("ends", [[[]]]),
+    ],
 )
 def test_a_damaged_baseline_is_refused(name, value):
     state = fitted("real").linear_baseline_.state()
-    LinearGaussian.from_state(state, 4, 1)
-    with pytest.raises(ValueError, match="of the linear baseline"):
-        LinearGaussian.from_state(state | {name: value}, 4, 1)
+    sizes = state["cardinalities"]
+    LinearGaussian.from_state(state, 4, sizes, 1)
+    with pytest.raises(ValueError, match=r"linear.baseline"):
+        LinearGaussian.from_state(state | {name: value}, 4, sizes, 1)

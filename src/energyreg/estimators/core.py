@@ -479,8 +479,8 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         self.history_ = self.histories_[0]
         self.calibration_ = Calibration(*state["calibration"])
         line = state.get("linear_baseline")  # none in files of version 0.1
-        features = len(self.preprocessor_.features_)
-        self.linear_baseline_ = None if line is None else LinearGaussian.from_state(line, features, self.n_outputs_)
+        sizes = len(self.preprocessor_.features_), self.preprocessor_.cardinalities_, self.n_outputs_
+        self.linear_baseline_ = None if line is None else LinearGaussian.from_state(line, *sizes)
         for kind, name in ((ConformalRegions, "conformal_regions_"), (ConformalIntervals, "conformal_intervals_")):
             if name in state["conformal"]:
                 setattr(self, name, kind.from_scores(self._distribution, np.asarray(state["conformal"][name])))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+from energyreg.checks import check_type
 
 __all__ = ["LinearGaussian"]
 
@@ -23,6 +25,18 @@ PENALTIES = np.logspace(-8, 4, 49)
 """Ridge penalties to choose from, as multiples of the inputs' mean variance."""
 
 Array = NDArray[np.float64]
+
+
+class State(TypedDict):
+    """What a file holds of a linear baseline."""
+
+    cardinalities: list[int]
+    circles: list[bool]
+    weights: list[list[float]]
+    offset: list[float]
+    covariance: list[list[float]]
+    ends: list[list[float]]
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -140,19 +154,26 @@ class LinearGaussian:
         return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], features: int, outputs: int) -> Self:
+    def from_state(cls, state: dict[str, Any], features: int, cardinalities: Sequence[int], outputs: int) -> Self:
         """The baseline that had this state.
 
         Args:
             state: What :meth:`state` returned.
             features: Columns of the encoded inputs, F.
+            cardinalities: Codes of each column of categories.
             outputs: Outputs, D.
 
         Raises:
             ValueError: If it does not fit these sizes, or holds what is no number.
         """
-        sizes, circles = tuple(map(int, state["cardinalities"])), tuple(map(bool, state["circles"]))
-        arrays = {name: np.array(state[name], dtype=float) for name in ("weights", "offset", "covariance", "ends")}
+        check_type("linear_baseline", state, State)
+        sizes, circles = tuple(state["cardinalities"]), tuple(state["circles"])
+        if sizes != tuple(cardinalities) or len(circles) != outputs:
+            raise ValueError(
+                f"cardinalities or circles of the linear baseline are {sizes} and {circles}; expected others."
+            )
+        numbers: dict[str, Any] = dict(state)
+        arrays = {name: np.array(numbers[name], dtype=float) for name in ("weights", "offset", "covariance", "ends")}
         width = features - len(sizes) + sum(min(size, MOST_LEVELS) for size in sizes)
         parts = outputs + sum(circles)
         expected = {"weights": (width, parts), "offset": (parts,), "covariance": (outputs,) * 2, "ends": (2, outputs)}
@@ -161,9 +182,9 @@ class LinearGaussian:
                 raise ValueError(
                     f"{name} of the linear baseline has shape {arrays[name].shape}; expected {shape}, all finite."
                 )
-        if len(circles) != outputs or np.linalg.eigvalsh(arrays["covariance"]).min() <= 0:
-            raise ValueError("the covariance of the linear baseline is not positive, or its outputs are others.")
-        return cls(sizes, circles, **arrays, rows=int(state["rows"]))
+        if np.linalg.eigvalsh(arrays["covariance"]).min() <= 0:
+            raise ValueError("covariance of the linear baseline is not positive definite.")
+        return cls(sizes, circles, **arrays, rows=state["rows"])
 
 
 def _design(x: Array, cardinalities: Sequence[int]) -> Array:
