@@ -336,3 +336,24 @@ def test_a_vector_encoder_is_a_part_of_models_and_ensembles(tmp_path: Path) -> N
     for wrong in ({"num_features": 0}, {"depth": 0}, {"context_dim": 0}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             VectorEncoder(**{"num_features": 6, **wrong})
+
+
+@pytest.mark.parametrize("backbone", ["timm:resnet18", "torchvision:resnet18"])
+def test_without_a_network_pretrained_weights_end_in_one_message_soon(
+    backbone: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+
+    def unreachable(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise OSError("Name or service not known")
+
+    calls: list[int] = []
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ConnectionError, match=rf"weights is \"pretrained\", but those of '{backbone}' cannot be down"):
+        ImageEncoder(backbone, "pretrained")
+    assert len(calls) <= 3 and not constants.HF_HUB_OFFLINE

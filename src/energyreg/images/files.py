@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -88,8 +89,13 @@ def image_paths(files: Any, folder: str | os.PathLike[str] | None = None, name: 
         paths.append(base / entry)
     absent = [row for row, path in enumerate(paths) if not path.is_file()]
     if absent:
-        first = paths[absent[0]]
-        what = "is a folder" if first.is_dir() else "does not exist"
+        first: Path | str = paths[absent[0]]
+        what = "is a folder" if paths[absent[0]].is_dir() else "does not exist"
+        entry = os.fspath(entries[absent[0]])
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", entry):
+            first, what = entry, "is an address, not a file; download the images, and pass their paths"
+        elif entry != entry.strip() and (base / entry.strip()).is_file():
+            what = f"does not exist, but {entry.strip()!r} does: take the spaces around paths away"
         more = f", and {len(absent) - 1} more of {len(paths)} files are missing" if len(absent) > 1 else ""
         hint = f" Paths start at {str(base)!r}: is folder right?" if folder is not None else ""
         text = "{name}: {path} (row {row}) {what}{others}.{hint}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +19,8 @@ __all__ = ["ImageEncoder"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of the colours of ImageNet, from 0 to 1: what most networks were trained with."""
+CONNECT_SECONDS = 5.0
+"""How long to wait for the hub's server before its cache alone is asked."""
 FEWEST_STAGES = 4
 """Parts of a network that is no timm model: its children, opened one by one until there are so many."""
 LARGEST_FLOAT = 4.0
@@ -76,6 +81,7 @@ class ImageEncoder(nn.Module):
     Raises:
         ImportError: If timm or torchvision, or the package with the weights, is not installed.
         FileNotFoundError: If there is no file of weights.
+        ConnectionError: If weights cannot be downloaded.
         ValueError: If an argument cannot be used, or the weights do not fit; the message names what differs.
 
     >>> class Tiny(nn.Sequential):
@@ -121,7 +127,8 @@ class ImageEncoder(nn.Module):
                     "num_features."
                 )
             build = _timm_network if kind == "timm" else _torchvision_network
-            parts = build(name, download, image_size)
+            with _explained(backbone) if download else contextlib.nullcontext():
+                parts = build(name, download, image_size)
         network, num_features, classifier, own_mean, own_std, stages, size = parts
         if given is not None:
             assert weights is not None
@@ -355,6 +362,48 @@ def _stages(network: nn.Module) -> list[list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------- weights
+
+
+@contextlib.contextmanager
+def _explained(backbone: str) -> Iterator[None]:
+    """Says in one message, and soon, that weights cannot be downloaded.
+
+    Raises:
+        ConnectionError: If they cannot.
+    """
+    try:
+        with _offline_if_unreachable():
+            yield
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # of huggingface_hub, of its HTTP client, or of urllib
+        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
+        raise ConnectionError(
+            f'weights is "pretrained", but those of {backbone!r} cannot be downloaded, and are not in the cache: '
+            f'{reason}. Connect to the internet, or pass weights="package", a file, or None.'
+        ) from error
+
+
+@contextlib.contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Without a network the hub looks into its cache at once, in place of ten attempts with pauses."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    if not urllib.request.getproxies():
+        try:
+            port = host.port or (80 if host.scheme == "http" else 443)
+            socket.create_connection((host.hostname or "", port), CONNECT_SECONDS).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _packaged_file(module: str, name: str) -> Path:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from energyreg.images.reading import ImageFileError, as_rgb
+from energyreg.images.reading import decode
 from energyreg.vision.boxes.geometry import check_boxes, torchvision
 
 __all__ = ["BoxDataset", "BoxRecord"]
@@ -322,18 +322,5 @@ def _warn_dropped(count: int, source: Path) -> None:
 
 def _read_image(path: Path) -> Tensor:
     """An image as RGB floats in [0, 1], shape (3, H, W), as it is meant to be looked at."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "Reading images needs Pillow, which is not installed. Install it with: pip install 'energyreg[vision]'"
-        ) from error
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(as_rgb(image))
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise anything
-        text = "{path} cannot be read as an image: {reason}. Replace or remove it."
-        raise ImageFileError(text, path=path, reason=error) from error
+    pixels = np.array(decode(path))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
