@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from energyreg.densities import ends
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.spaces import Interval, Positive, Real, TargetSpace
@@ -83,13 +84,11 @@ def _integrate(p: PredictiveDistribution, space: TargetSpace, values: Tensor) ->
 @pytest.mark.parametrize("kind", SPACES)
 def test_every_calibrated_density_integrates_to_one_in_user_units(kind: str, base: str, members: int) -> None:
     p, space = _predictions(kind, base, members)
-    grid = torch.linspace(-60, 60, 9_001, dtype=DOUBLE)
+    grid = torch.linspace(-60, 60, 6_001, dtype=DOUBLE)
     if kind == "interval":
-        grid = grid[grid.abs() < 13]
-    # What lies beyond the ends that the logit can represent is not there: proposals that reach so far are left out.
-    rows = slice(0, 2) if kind == "interval" and base != "lebesgue" else slice(None)
+        grid = grid.clamp(*ends.window(space)[:, 0].tolist())
     for t, weight in ((0.5, 0.0), (1.0, 0.01), (1.4, 0.01), (2.0, 0.0)):
-        mass = _integrate(Calibration(t, weight)(p), space, grid)[rows]
+        mass = _integrate(Calibration(t, weight)(p), space, grid)
         assert mass.allclose(torch.ones_like(mass), rtol=0, atol=1e-3), (t, weight, mass)
 
 
@@ -114,8 +113,7 @@ def test_moments_are_those_of_the_draws(kind: str, base: str) -> None:
     """In every space: no tail that no draw shows carries the mean or the variance, whatever the defensive weight."""
     p, _ = _predictions(kind, base, 1)
     levels = (torch.arange(100_000, dtype=DOUBLE) + 0.5) / 100_000
-    rows = slice(0, 3) if kind == "interval" else slice(None)
     for calibrated in (p, Calibration(0.7, 0.02)(p)):
         draws = calibrated.quantile(levels)
         for moment, drawn in ((calibrated.mean, draws.mean(0)), (calibrated.stddev, draws.std(0))):
-            assert moment[rows, 0].allclose(drawn[rows], rtol=0.05), (moment[:, 0], drawn)
+            assert moment[:, 0].allclose(drawn, rtol=0.05), (moment[:, 0], drawn)

@@ -20,12 +20,12 @@ from energyreg.inference.nodes import Nodes
 from energyreg.inference.peaks import displacement
 from energyreg.inference.points import WeightedPoints
 
-__all__ = ["KEEP_SHARE", "NodeCache", "RowBlock", "Rows", "refine_cells"]
+__all__ = ["KEPT_FRACTION", "NodeCache", "RowBlock", "Rows", "refine_cells"]
 
 Rows: TypeAlias = slice | Tensor
 """Some rows of x: a slice, or their numbers."""
 
-KEEP_SHARE = 1 / 4
+KEPT_FRACTION = 1 / 4
 """Fraction of the memory budget up to which contexts, and nodes, are kept with a predictive distribution for the next
 question, beside what a block works in; more is computed again."""
 
@@ -278,7 +278,7 @@ class NodeCache:
     """
 
     def __init__(self, memory_budget: int) -> None:
-        self.limit = KEEP_SHARE * memory_budget
+        self.limit = KEPT_FRACTION * memory_budget
         self.kept: dict[tuple[int, int], Cells | WeightedPoints] = {}
         self.size = 0
 

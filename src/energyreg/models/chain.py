@@ -22,7 +22,7 @@ from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real
 from energyreg.inference.integrators import AdaptiveQuadrature
 from energyreg.inference.nodes import Nodes
 from energyreg.inference.points import WeightedPoints
-from energyreg.inference.row_blocks import KEEP_SHARE, RowBlock, Rows
+from energyreg.inference.row_blocks import KEPT_FRACTION, RowBlock, Rows
 from energyreg.models.chain_energy import ChainEncoder, ChainEnergy, ChainReference, members_of
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.model import EnergyRegressionModel
@@ -368,7 +368,7 @@ class ChainDistribution(PredictiveDistribution):
         return _ChainBlock(
             **{field.name: getattr(plain, field.name) for field in fields(plain)},
             heights=None if self.differentiable else self._heights,
-            bytes_per_row=KEEP_SHARE * self.memory_budget / self.num_rows,
+            bytes_per_row=KEPT_FRACTION * self.memory_budget / self.num_rows,
         )
 
     def marginal(self) -> PredictiveDistribution:

@@ -16,7 +16,7 @@ from energyreg.densities.ends import window
 from energyreg.densities.spaces import Real, TargetSpace
 from energyreg.inference.energy import EnergyFunction
 from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
-from energyreg.inference.row_blocks import KEEP_SHARE, Rows
+from energyreg.inference.row_blocks import KEPT_FRACTION, Rows
 from energyreg.models.predictive import Integrator, PredictiveDistribution
 from energyreg.models.table_defaults import FEW_ROWS, as_array, table_encoder, table_width
 from energyreg.networks.encoders import TwinEncoder
@@ -420,7 +420,7 @@ class EnergyRegressionModel(nn.Module):
                 return torch.cat([self.encoder(block.to(self.device)) for block in part.split(step)])
 
         first = encode(x[:step])
-        if len(x) * first[0].numel() * first.element_size() <= KEEP_SHARE * memory_budget:
+        if len(x) * first[0].numel() * first.element_size() <= KEPT_FRACTION * memory_budget:
             kept = torch.cat([first, encode(x[step:])]) if len(x) > step else first
             return lambda rows: self.energy_of_context(kept[rows])
 

@@ -20,9 +20,9 @@ from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampli
 from energyreg.inference.modes import Modes, find_modes, highest, refine_in_user_units
 from energyreg.inference.nodes import Nodes
 from energyreg.inference.regions import intervals, threshold_at_level
-from energyreg.inference.row_blocks import KEEP_SHARE, NodeCache, RowBlock, Rows, refine_cells
+from energyreg.inference.row_blocks import KEPT_FRACTION, NodeCache, RowBlock, Rows, refine_cells
 
-__all__ = ["KEEP_SHARE", "Diagnostics", "HighestDensityRegion", "Modes", "PredictiveDistribution", "Rows"]
+__all__ = ["KEPT_FRACTION", "Diagnostics", "HighestDensityRegion", "Modes", "PredictiveDistribution", "Rows"]
 
 Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSampling
 
