@@ -47,6 +47,10 @@ BORROWED = {
     "_BatchNorm",  # torch.nn.modules.batchnorm: the parent of all batch normalisations
     "_are_functorch_transforms_active",  # torch._C
     "_C",  # torch._C
+    "_pop_mode",  # torch.utils: the stack of dispatch modes of a thread
+    "_push_mode",  # the same
+    "_overloadname",  # torch.ops: "default", "low", ...
+    "_schema",  # torch.ops: the arguments of an operation
     "_foreach_lerp_",  # torch: one kernel over many tensors
     "_get_columns",  # skpro's estimators
     "_remove_worker_pids",  # torch._C

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from typing import Any, Protocol
@@ -48,6 +49,10 @@ class Progress:
         self.known = self.done
         self.started = self.shown = time.perf_counter()
         if self.wanted is False:
+            return
+        forced = {"FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"} & set(os.environ)
+        if not (sys.stderr.isatty() or forced or "ipykernel" in sys.modules):
+            self.lines = self.wanted is True  # without an import of rich, which draws from the caller's `random`
             return
         from rich.console import Console
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from energyreg.densities.angles import wrap_angles
+from energyreg.randomness import RandomSource
 
 __all__ = ["GaussianMixture", "Wrapped", "draw", "log_sum_exp"]
 
@@ -74,10 +75,9 @@ def draw(q: Distribution, num_samples: int, generator: torch.Generator | None = 
         return q.sample((num_samples,), generator=generator)
     if generator is None:
         return q.sample(torch.Size([num_samples])).detach()
-    # torch distributions know no generator: their global one is seeded from ours, and put back.
+    # torch distributions know no generator: what they draw from is seeded from ours.
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with RandomSource(seed).everywhere():
         return q.sample(torch.Size([num_samples])).detach()
 
 

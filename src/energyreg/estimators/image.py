@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import nn
 
 from energyreg.checks import check_type
@@ -26,7 +25,7 @@ from energyreg.models import checkpoint
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.networks.encoders import VectorEncoder
 from energyreg.networks.image_encoders import ImageEncoder
-from energyreg.randomness import caller_random_state, seed_global
+from energyreg.randomness import RandomSource
 from energyreg.tables import files as tablefiles
 from energyreg.tables.blocks import MemoryTable
 from energyreg.tables.columns import column_names
@@ -207,7 +206,7 @@ class ImageRegressor(DensityRegressor):
         files_held, held = (None, None) if eval_set is None else self._evaluation_files(eval_set)
         seed = draw_seed(self.random_state)
         rows = prepare(self.target, settings, targets, weights, held, seed)  # before an image is read
-        self.encoder_ = self._new_encoder()
+        self.encoder_ = self._new_encoder(seed)
         self.fine_tuning_: History | None = None
         epochs = FINE_TUNING_EPOCHS if self.fine_tune is True else int(self.fine_tune)
         with threads(self.n_jobs):
@@ -279,14 +278,15 @@ class ImageRegressor(DensityRegressor):
             raise ValueError(f"augment is a {type(self.augment).__name__}; expected a callable (image, target).")
         return settings
 
-    def _new_encoder(self, trainable: str | int = "none") -> ImageEncoder:
+    def _new_encoder(self, seed: int, trainable: str | int = "none") -> ImageEncoder:
         if isinstance(self.backbone, ImageEncoder):
             raise ValueError("backbone is an ImageEncoder; pass what it was made of, and its weights.")
         backbone = self.backbone
         if isinstance(backbone, nn.Module):
             backbone = copy.deepcopy(backbone)
         own = isinstance(backbone, nn.Module) and self.weights == "package"  # the default, which names no such module
-        return ImageEncoder(backbone, None if own else self.weights, trainable, self.image_size)
+        with RandomSource(seed).everywhere():
+            return ImageEncoder(backbone, None if own else self.weights, trainable, self.image_size)
 
     def _files(
         self, X: Any, name: str, parameters: dict[str, Any], duplicates: str = "allow", on_error: str = "raise"
@@ -321,9 +321,8 @@ class ImageRegressor(DensityRegressor):
     ) -> None:
         """Train the last stages of the network on the rows that the models are trained on later."""
         train, held_out = rows.train, rows.held_out
-        encoder = self._new_encoder(self.trainable)
-        with caller_random_state():  # random_state decides, not what was drawn before
-            seed_global(rows.seed, torch.device("cpu"))
+        encoder = self._new_encoder(rows.seed, self.trainable)
+        with RandomSource(rows.seed).everywhere():  # random_state decides, not what was drawn before
             model = EnergyRegressionModel.for_table(1, rows.target.space(), width=encoder.num_features)
         model.encoder = encoder
         model.to(find_device(self.device)).fit_preprocessing(None, rows.z[train])

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from energyreg.densities.bases import Marginal, ProposalBase
@@ -19,6 +18,7 @@ from energyreg.inference.integrators import ImportanceSampling
 from energyreg.models.chain import EnergyChain
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.model import EnergyRegressionModel
+from energyreg.randomness import RandomSource
 from energyreg.training.chains import fit_chain
 from energyreg.training.ensembles import fit_ensemble
 from energyreg.training.fitting import fit
@@ -158,8 +158,7 @@ def train_members(
     if members > 1:
         ensemble = fit_ensemble(build, *data, n_members=members, epochs=epochs, **options)
         return ensemble, ensemble.histories
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options["seed"])
+    with RandomSource(options["seed"]).everywhere():
         model = build()
     return model, [fit(model, *data, epochs=epochs, **options)]
 

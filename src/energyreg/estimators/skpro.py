@@ -17,6 +17,7 @@ from energyreg.estimators.table import EnergyRegressor
 from energyreg.inference.row_blocks import RowBlock
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.models.predictive import PredictiveDistribution
+from energyreg.randomness import RandomSource
 
 try:
     from skpro.distributions.base import BaseDistribution
@@ -238,8 +239,7 @@ class EnergyDistribution(BaseDistribution):
         Args:
             parameter_set: Ignored; there is one set.
         """
-        with torch.random.fork_rng(devices=[]):  # the tests' own draws stay as they are
-            torch.manual_seed(0)
+        with RandomSource(0).everywhere():  # the tests' own draws stay as they are
             model = EnergyRegressionModel.mixture_for_table(2, width=8).eval()
             p = model(torch.randn(4, 2))
         return [{"distribution": p, "index": [3, 1, 5, 2], "columns": ["y"]}, {"distribution": p, "row": 2}]

@@ -16,6 +16,7 @@ from energyreg.inference.row_blocks import Rows
 from energyreg.models.ensemble import EnergyEnsemble, EnsembleDistribution
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.models.predictive import PredictiveDistribution
+from energyreg.randomness import generator_for
 
 if TYPE_CHECKING:
     from energyreg.models.chain import EnergyChain
@@ -82,7 +83,10 @@ class ChainEncoder(nn.Module):
     def join(self, of_inputs: Tensor, previous: Tensor) -> Tensor:
         """Contexts from what x contributes, (B, C), and the previous targets, (B, P)."""
         hidden = functional.silu(of_inputs + self.from_previous(self.previous(previous)))
-        return functional.dropout(hidden, self.dropout, self.training)
+        if not (self.training and self.dropout):
+            return hidden
+        kept = torch.empty_like(hidden).bernoulli_(1 - self.dropout, generator=generator_for(hidden.device))
+        return hidden * kept.div_(1 - self.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map previous targets and features (B, P + F) to contexts (B, C).

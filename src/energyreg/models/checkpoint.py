@@ -38,6 +38,7 @@ from energyreg.models.chain import ChainEncoder, EnergyChain
 from energyreg.models.ensemble import EnergyEnsemble, disagreement
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.networks import encoders, heads, image_encoders, proposals
+from energyreg.randomness import RandomSource
 
 __all__ = [
     "CheckpointError",
@@ -173,8 +174,8 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 def _build(description: str, tensors: dict[str, Tensor], parts: Mapping[str, nn.Module | None]) -> Model:
     """The model that a file describes, with its tensors."""
     config = json.loads(description)
-    # Constructors draw initial weights; the caller's random state is none of their business.
-    with torch.random.fork_rng(devices=[]), _no_more_than(tensors):
+    # Constructors draw initial weights.
+    with RandomSource(0).everywhere(), _no_more_than(tensors):
         check_sizes(lambda: _Builder(parts, tensors).build(config), tensors)
         model = _Builder(parts, tensors).build(config)
     if not isinstance(model, (EnergyRegressionModel, EnergyEnsemble, EnergyChain)):
@@ -247,7 +248,7 @@ def load_estimator(
         for name, node in description["dict"].items():
             if isinstance(node, dict) and "class" in node:
                 check_sizes(functools.partial(_Builder({}, tensors).build, node), _below(f"{STATE}{name}.", inside))
-        with torch.random.fork_rng(devices=[]), _no_more_than(tensors):
+        with RandomSource(0).everywhere(), _no_more_than(tensors):
             state = _Builder({}, tensors).build(description, "state") | given
         for name, part in state.items():
             if isinstance(part, nn.Module):
@@ -524,7 +525,7 @@ def check_sizes(make: Callable[[], Any], tensors: Mapping[str, Tensor]) -> None:
         ValueError: If they differ.
     """
     try:
-        with torch.random.fork_rng(devices=[]), _no_more_than(tensors), torch.device("meta"):
+        with RandomSource(0).everywhere(), _no_more_than(tensors), torch.device("meta"):
             model = make()
     except _DescriptionError as error:
         if "meta tensor" in str(error.__cause__):  # a network that cannot be built there

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from energyreg.checks import check_count
+from energyreg.randomness import generator_for
 
 __all__ = [
     "MixedTableEncoder", "QuantileNormalizer", "RobustNormalizer", "TableEncoder", "TwinEncoder", "VectorEncoder",
@@ -132,12 +133,13 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.active):
             return x
+        generator = generator_for(x.device)
         # Made from x, so that the members of an ensemble have bits of their own.
         if x.device.type == "cpu":
-            words = x.new_empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+            words = x.new_empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
             bits = words.view(torch.uint8)[: x.numel()].view(x.shape)
         else:
-            bits = torch.empty_like(x, dtype=torch.uint8).random_(0, 256)
+            bits = torch.empty_like(x, dtype=torch.uint8).random_(0, 256, generator=generator)
         return x * (bits >= self.threshold) * (256 / (256 - self.threshold.to(x.dtype)))
 
 
@@ -314,7 +316,8 @@ class MixedTableEncoder(_TableModule):
             parts += _with_periodic_features(self.normalizer(x[:, : self.num_numeric]), self.frequencies)
         codes = x[:, self.num_numeric :]
         if self.training and self.other_rate:
-            codes = torch.where(torch.rand_like(codes) < self.other_rate, 0.0, codes)
+            drawn = torch.empty_like(codes).uniform_(generator=generator_for(codes.device))
+            codes = torch.where(drawn < self.other_rate, 0.0, codes)
         for column, embedding in enumerate(self.embeddings):
             code, known = codes[:, column], self.cardinalities[column]
             parts.append(embedding(torch.where((code >= 0) & (code < known), code, 0.0).long()))

@@ -13,9 +13,8 @@ from energyreg.checks import check_count
 from energyreg.models.chain import EnergyChain
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.model import EnergyRegressionModel
-from energyreg.randomness import caller_random_state, seed_global
 from energyreg.training.data import checked_weights, split
-from energyreg.training.ensembles import fit_ensemble, time_left
+from energyreg.training.ensembles import built, fit_ensemble, time_left
 from energyreg.training.fitting import fit
 from energyreg.training.history import History
 from energyreg.training.settings import TrainingSettings
@@ -118,12 +117,7 @@ def _build(build: Any, n_members: int, seed: int) -> list[EnergyChain]:
             f"build is a {type(build).__name__}; expected a callable without arguments that makes an untrained chain, "
             "such as lambda: EnergyChain.for_table(3, Real(2))."
         )
-    chains = []
-    with caller_random_state():
-        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-        for member in range(n_members):
-            seed_global(seed + member, device)
-            chains.append(build())
+    chains = built(build, n_members, seed)
     for chain in chains:
         if not isinstance(chain, EnergyChain):
             raise ValueError(f"build returned a {type(chain).__name__}; expected an EnergyChain.")

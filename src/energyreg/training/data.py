@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from energyreg.randomness import mix
+from energyreg.randomness import mix, redirected_items
 from energyreg.training.settings import ORDER, SPLIT, SUBSET
 from energyreg.training.step import Batch
 from energyreg.training.trainable import Trainable
@@ -142,7 +142,7 @@ class Loader:
 
     def num_batches(self) -> int:
         if self.count is None:
-            self.count = sum(1 for _ in self.loader)
+            self.count = sum(1 for _ in redirected_items(self.loader))
         return self.count
 
     def place(self, fabric: Fabric, dtype: torch.dtype) -> None:
@@ -154,13 +154,13 @@ class Loader:
     def batches(self, epoch: int, seeds: Sequence[int], fabric: Fabric) -> Iterator[Batch]:
         # Fabric hands this number to a distributed sampler; a resumed run must not start counting from 0.
         self.prepared._num_iter_calls = epoch
-        for number, batch in enumerate(islice(self.prepared, self.num_batches())):
+        for number, batch in enumerate(islice(redirected_items(self.prepared), self.num_batches())):
             x, y = self.pair(batch, number)
             yield Batch(x, y, 1 / len(y), None)
 
     def pairs(self, fabric: Fabric, chunk: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         # Not by a distributed sampler, which counts rows twice to make all shares equal.
-        for number, batch in enumerate(self.loader):
+        for number, batch in enumerate(redirected_items(self.loader)):
             if number % fabric.world_size == fabric.global_rank:
                 yield *self.pair(fabric.to_device(batch), number), None
 

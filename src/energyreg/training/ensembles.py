@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from energyreg.checks import check_count
 from energyreg.models.ensemble import EnergyEnsemble, disagreement
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.networks.encoders import QuantileNormalizer
-from energyreg.randomness import caller_random_state, seed_global
+from energyreg.randomness import RandomSource
 from energyreg.training.data import Examples, Rows, TrainingData
 from energyreg.training.devices import device_of, make_fabric
 from energyreg.training.failures import TrainingError
@@ -136,7 +135,7 @@ def fit_ensemble(
     # Preprocessing that is there serves the members that have none.
     first = next((member for member in members if member.fitted), members[0])
     data = ready(first, Examples(x, y, sample_weight, validation), settings, len(members))
-    with caller_random_state():
+    with RandomSource(settings.seed).everywhere():
         _fit_preprocessing(members, first, data.units)
     try:
         histories = _in_one_pass(members, data, settings, started)
@@ -161,7 +160,7 @@ def _in_one_pass(
 ) -> list[History]:
     if not isinstance(data.training, Rows) or _needs_separate_trainings(members[0], settings):
         raise CannotStackError  # as is plain from the arguments
-    with caller_random_state():
+    with RandomSource(settings.seed).everywhere():
         stack = Stack(members)
         x, y = data.training.sample()
         stack.try_out(x[:4], y[:4])
@@ -201,6 +200,15 @@ def _one_after_the_other(
 # ---------------------------------------------------------------------------------------------- the members
 
 
+def built(build: Callable[[], Any], count: int, seed: int) -> list[Any]:
+    """Call `build` so many times; what it draws is what `torch.manual_seed(seed + i)` gives."""
+    made = []
+    for number in range(count):
+        with RandomSource(seed + number).everywhere():
+            made.append(build())
+    return made
+
+
 def _build(build: Any, n_members: int | None, seed: int) -> list[EnergyRegressionModel]:
     if isinstance(build, (list, tuple)):
         members = list(build)
@@ -218,12 +226,7 @@ def _build(build: Any, n_members: int | None, seed: int) -> list[EnergyRegressio
             )
         n_members = 5 if n_members is None else n_members
         check_count("n_members", n_members)
-        members = []
-        with caller_random_state():
-            device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-            for member in range(n_members):
-                seed_global(seed + member, device)
-                members.append(build())
+        members = built(build, n_members, seed)
     for number, member in enumerate(members):
         if not isinstance(member, EnergyRegressionModel):
             what = "build returned" if callable(build) else f"build[{number}] is"

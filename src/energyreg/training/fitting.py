@@ -19,12 +19,12 @@ from torch import nn
 
 from energyreg import files
 from energyreg.models import checkpoint
-from energyreg.randomness import caller_random_state
+from energyreg.randomness import RandomSource, mix
 from energyreg.training.data import Examples, TrainingData, prepare
 from energyreg.training.devices import device_of, make_fabric, quiet_fabric
 from energyreg.training.history import History
 from energyreg.training.loop import Job, Training
-from energyreg.training.settings import TrainingSettings
+from energyreg.training.settings import SUBSET, TrainingSettings
 from energyreg.training.step import has_unused_parameters
 from energyreg.training.trainable import Trainable, check_trainable
 
@@ -160,7 +160,7 @@ def ready(model: Trainable, examples: Examples, settings: TrainingSettings, num_
     """
     check_trainable(model)
     make_fabric(*device_of(model, settings), settings)  # wrong arguments should fail before the data are read
-    with caller_random_state(), quiet_fabric():
+    with RandomSource(mix(settings.seed, SUBSET)).everywhere(), quiet_fabric():
         data = prepare(model, examples, settings.batch_size, settings.seed)
         if settings.patience is not None and data.validation is None:
             raise ValueError("patience needs validation data; pass validation=(x_val, y_val), or patience=None.")
@@ -195,12 +195,14 @@ def train(
     """
     settings = replace(settings, batch_size=data.batch_size)
     objective = model.default_objective() if settings.objective is None else settings.objective
-    with caller_random_state(), quiet_fabric(), tempfile.TemporaryDirectory(prefix="energyreg-") as scratch:
+    source = RandomSource(mix(settings.seed, SUBSET))
+    with source.in_use(), quiet_fabric(), tempfile.TemporaryDirectory(prefix="energyreg-") as scratch:
         place = device_of(model, settings)
         fabric = make_fabric(*place, settings)
         if fabric.world_size > 1:
             data.check_processes(fabric.world_size)
-            unused = has_unused_parameters(model, objective, data.training.sample())
+            with source.everywhere():
+                unused = has_unused_parameters(model, objective, data.training.sample())
             fabric = make_fabric(*place, settings, find_unused_parameters=unused)
         job = Job(
             model, objective, data, settings, started, num_members, os.getpid(), Path(scratch) / "result.safetensors"

@@ -1,8 +1,8 @@
 """The loop of a training: epochs, steps, validation, and when to stop.
 
 Randomness: the order of the rows depends on (seed, epoch), the noise of the objective on (seed, step), dropout on
-(seed, epoch, process). So there is no random state to store, and a resumed run continues as if nothing had happened;
-the global random state of the caller is left as it was.
+(seed, epoch, process). So there is no random state to store, and a resumed run continues as if nothing had happened.
+All is drawn from generators of the training's own: the global random state of the caller is not touched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from energyreg.progress import TrainingProgress
-from energyreg.randomness import mix, seed_global
+from energyreg.randomness import RandomSource, draws_by_itself, mix
 from energyreg.training import resume
 from energyreg.training.data import Rows, TrainingData
 from energyreg.training.failures import TrainingError, Watch
@@ -99,6 +99,10 @@ class Training:
         self.module, self.optimizer = fabric.setup(step, optimizer)
         self.raw_optimizer = optimizer
         self.generator = torch.Generator(fabric.device)
+        self.source = RandomSource(0)
+        foreign = draws_by_itself(job.model, job.objective, *self.models())
+        # What draws for modules that take no generator slows small networks down.
+        self.drawing = self.source.everywhere if foreign else contextlib.nullcontext
         self.seeds = [job.settings.seed + member for member in range(job.num_members)]
         self.histories = [History() for _ in range(job.num_members)]
         self.epoch = 0
@@ -170,7 +174,8 @@ class Training:
             resume.resume(self, self.job.folder / resume.LAST)
         try:
             if not self.finished:
-                self._loop()
+                with self.source.in_use():
+                    self._loop()
         except KeyboardInterrupt:
             self.stop_on_interrupt()
         except TrainingError as error:
@@ -189,7 +194,7 @@ class Training:
         self.progress.start(self.epoch)
         while self.epoch < self.settings.epochs and not self.histories[0].stopped_early:
             started = time.perf_counter()
-            seed_global(mix(self.settings.seed, DROPOUT, self.epoch, self.fabric.global_rank), self.fabric.device)
+            self.source.seed(mix(self.settings.seed, DROPOUT, self.epoch, self.fabric.global_rank))
             self.model.train()
             sums = Sums(self.job.num_members)
             number = 0
@@ -275,7 +280,8 @@ class Training:
         self.optimizer.zero_grad()
         # The same in every process: noise that the rows of a batch share must be the same for all of them.
         self.generator.manual_seed(mix(self.settings.seed, NOISE, step))
-        loss = self.module(batch, self.generator)
+        with self.drawing():
+            loss = self.module(batch, self.generator)
         if self.eager:
             self.watch.check_losses(batch.loss.tolist(), self.epoch, number, batch)
         self.fabric.backward(loss)
@@ -354,12 +360,13 @@ class Training:
         """
         assert self.job.data.validation is not None
         # All processes must see a shuffling loader in the same order.
-        seed_global(mix(self.settings.seed, EVALUATION, self.epoch), self.fabric.device)
+        self.source.seed(mix(self.settings.seed, EVALUATION, self.epoch))
         total = torch.zeros(2, dtype=torch.float64)
         for x, y, weights in self.job.data.validation.pairs(self.fabric, max(self.job.data.batch_size, 1024)):
             if self.fabric.world_size == 1 and time.perf_counter() >= self.deadline:
                 raise OutOfTimeError
-            nll = -model(x, memory_budget=VALIDATION_BYTES).log_prob(y).double().cpu()
+            with self.drawing():
+                nll = -model(x, memory_budget=VALIDATION_BYTES).log_prob(y).double().cpu()
             weights = torch.ones_like(nll) if weights is None else weights.cpu()
             total += torch.stack([(nll * weights).sum(), weights.sum()])
         if self.fabric.world_size > 1:

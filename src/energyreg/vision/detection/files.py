@@ -8,12 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
-
 from energyreg.checks import check_type
 from energyreg.densities.noise import GaussianNoise
 from energyreg.files import BOX_HEAD, CheckpointError, fingerprint, with_suffix
 from energyreg.models.checkpoint import check_sizes, load_state, reading, save_state
+from energyreg.randomness import RandomSource
 from energyreg.vision.boxes.energy import BoxEnergyHead
 from energyreg.vision.boxes.postprocessing import Inference
 from energyreg.vision.detection.adapter import check_detector, classes_of, declared_classes, interface, probe
@@ -131,8 +130,8 @@ def load_head(
     channels, outputs = probe(detector)[1], classes_of(detector, classes)[0] if sizes.pop("class_specific") else 1
     with reading(path):
         check_sizes(lambda: BoxEnergyHead(channels, outputs, **sizes), tensors)
-    # New layers draw initial weights; the caller's random state is none of their business.
-    with torch.random.fork_rng(devices=[]):
+    # New layers draw initial weights.
+    with RandomSource(0).everywhere():
         model = add_energy_head(
             detector, num_classes=classes, freeze=freeze, inference=inference, objective=objective,
             class_specific=state["head"]["class_specific"], **sizes,
