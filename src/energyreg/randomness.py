@@ -142,7 +142,7 @@ class _Redirection(TorchDispatchMode):
         # A worker of a loader, forked from this thread, has seeded itself.
         if torch.Tag.nondeterministic_seeded not in func.tags or os.getpid() != self.process:
             return func(*args, **kwargs)
-        first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        first: Any = next((arg for arg in args if isinstance(arg, Tensor)), None)
         device = torch.device(kwargs.get("device") or ("cpu" if first is None else first.device))
         if device.type == "meta" or _in_checkpoint():
             return func(*args, **kwargs)
@@ -166,7 +166,7 @@ class _Redirection(TorchDispatchMode):
             if kwargs.get("generator") is None and (len(args) <= position or args[position] is None):
                 return func(*args[:position], **{**kwargs, "generator": generator})
             return func(*args, **kwargs)
-        overload = {"default": "generator", "low": "low_generator"}.get(func._overloadname)
+        overload = {"default": "generator", "low": "low_generator"}.get(func._overloadname, "")
         if overload in func.overloadpacket.overloads():
             return getattr(func.overloadpacket, overload)(*args, generator=generator, **kwargs)
         return func(*args, **kwargs)
