@@ -58,8 +58,9 @@ class Score:
         return len(distances) > 1 and math.isfinite(mine) and mine <= min(distances.values())
 
     def show(self, value: float) -> str:
-        """The value as the table shows it."""
-        return format(value, self.format)
+        """The value as the table shows it, with commas from 10,000 on."""
+        comma = "," if self.format.startswith(".") and abs(value) >= 9_999.5 else ""
+        return format(value, comma + self.format)
 
 
 @dataclass(frozen=True)
