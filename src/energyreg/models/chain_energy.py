@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from energyreg.models.ensemble import EnergyEnsemble, EnsembleDistribution
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.models.predictive import PredictiveDistribution
 from energyreg.randomness import generator_for
-
-if TYPE_CHECKING:
-    from energyreg.models.chain import EnergyChain
 
 __all__ = ["ChainEncoder", "ChainEnergy", "ChainReference", "members_of"]
 
@@ -134,6 +131,26 @@ class ChainReference:
         return torch.cat([part.from_unit(u[..., [d]]) for d, part in enumerate(self.parts)], -1)
 
 
+class Factors(Protocol):
+    """What an energy asks of its chain: :class:`~energyreg.models.chain.EnergyChain`."""
+
+    order: list[int]
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def reference(self) -> Any: ...
+
+    def in_order(self) -> Sequence[EnergyRegressionModel | EnergyEnsemble]:
+        """The factors, in the order of the chain."""
+        ...
+
+    def previous_features(self, z: Tensor) -> Tensor:
+        """What a factor sees of previous targets in model space, (N, k) to (N, P)."""
+        ...
+
+
 class ChainEnergy(ReferencedEnergy):
     """The log-density of a chain in model space, for R rows of x, and draws from it.
 
@@ -146,7 +163,7 @@ class ChainEnergy(ReferencedEnergy):
     normalised = True
     is_reference = conditional = False
 
-    def __init__(self, chain: EnergyChain, x: Tensor, memory_budget: int) -> None:
+    def __init__(self, chain: Factors, x: Tensor, memory_budget: int) -> None:
         self.chain, self.x, self.budget = chain, x, memory_budget
         self._of_inputs = [[_of_inputs(model, x) for model in members_of(factor)] for factor in chain.in_order()]
         self.context = x
