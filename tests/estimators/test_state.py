@@ -13,6 +13,7 @@ import torch
 
 import energyreg as er
 from energyreg import files
+from energyreg.errors import DataError
 from energyreg.estimators.image import load_estimator
 
 RNG = np.random.default_rng(0)
@@ -82,7 +83,10 @@ def check_all(source: Path, folder: Path, cases: list[tuple[str, tuple[Any, ...]
             assert str(path) in str(error), (at, value)
             refused += 1
             continue
-        answers = [regressor.predict(TABLE[:2], "median"), regressor.predict_interval(TABLE[:2], 0.5)]
+        try:
+            answers = [regressor.predict(TABLE[:2], "median"), regressor.predict_interval(TABLE[:2], 0.5)]
+        except DataError:  # the table has not the columns, or kinds of columns, that the file says
+            continue
         assert all(np.isfinite(answer).all() for answer in answers), (part, at, value)
     return refused
 

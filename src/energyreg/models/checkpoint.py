@@ -354,7 +354,7 @@ def _describe(value: Any, where: str, seen: dict[int, int]) -> Any:
 
 def _arguments(module: nn.Module, where: str, seen: dict[int, int]) -> dict[str, Any]:
     arguments = {}
-    hints = typing.get_type_hints(type(module).__init__)
+    hints = _hints(type(module))
     for name in list(inspect.signature(type(module).__init__).parameters)[1:]:
         if _may_be_a_path(hints.get(name)):
             continue
@@ -426,7 +426,7 @@ class _Builder:
             raise _DescriptionError(
                 f"{where} is a {name} with the argument {unknown[0]!r}, which this version does not know."
             )
-        hints = typing.get_type_hints(kind.__init__)
+        hints = _hints(kind)
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         try:
@@ -483,6 +483,12 @@ def _first_custom(node: Any) -> str | None:
         return node["custom"]
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     return next((name for child in children if (name := _first_custom(child)) is not None), None)
+
+
+@functools.cache
+def _hints(kind: type[nn.Module]) -> dict[str, Any]:
+    """Annotations of a constructor's arguments."""
+    return typing.get_type_hints(kind.__init__)
 
 
 def _may_be_a_path(hint: Any) -> bool:
