@@ -13,8 +13,10 @@ import torch
 
 import energyreg as er
 from energyreg import files
+from energyreg.cli import model_file
 from energyreg.errors import DataError
 from energyreg.estimators.image import load_estimator
+from energyreg.models import checkpoint
 
 RNG = np.random.default_rng(0)
 TABLE = pandas.DataFrame(
@@ -164,3 +166,11 @@ def test_places_in_a_file_of_images_are_not_believed(tmp_path: Path) -> None:
         assert getattr(loaded, name) is None
         np.testing.assert_allclose(loaded.predict(paths), regressor.predict(paths), rtol=1e-5)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_facts_of_the_command_line_are_checked(saved: Path, tmp_path: Path) -> None:
+    model, state = checkpoint.load_estimator(saved)
+    for facts in ({"targets": 3}, {"notes": [1]}, [1]):
+        path = checkpoint.save_estimator(model, state | {"table": facts}, tmp_path / "model")
+        with pytest.raises(er.CheckpointError, match=r"model\.safetensors.*table"):
+            model_file.load(path)

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from energyreg.cli.console import InputError
 from energyreg.cli.inputs import about, about_images, image_files, present
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from energyreg.estimators.image import ImageRegressor
 
 __all__ = ["Fitted", "FittedOnImages", "about_training", "load", "save", "use_threads"]
+
+
+class Facts(TypedDict, total=False):
+    """What the command line adds to a file, as far as it reads it."""
+
+    targets: list[str]
+    rows: int | None
+    data: str | None
+    version: str | None
+    missing: list[str]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -152,15 +163,18 @@ def load(path: Path, threads: int | None = None, data: Path | None = None, stric
     if data is not None:
         check_readable(data)
 
+    from energyreg.checks import check_type
     from energyreg.estimators.image import ImageRegressor, load_estimator
+    from energyreg.models import checkpoint
 
     use_threads(threads)
     regressor, state = load_estimator(path)
     facts = state.get("table", {})
+    with checkpoint.reading(with_suffix(path)):
+        check_type("table", facts, Facts)
     if not isinstance(regressor, ImageRegressor):
         return Fitted(regressor, path, facts, strict)
-    # Where the features of the training images were kept, is no place for those of others.
-    regressor.set_params(folder=None, cache=None, verbose=False)
+    regressor.set_params(verbose=False)
     return FittedOnImages(regressor, path, facts, strict)
 
 

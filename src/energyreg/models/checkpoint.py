@@ -485,10 +485,12 @@ def _first_custom(node: Any) -> str | None:
     return next((name for child in children if (name := _first_custom(child)) is not None), None)
 
 
-@functools.cache
-def _hints(kind: type[nn.Module]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     """Annotations of a constructor's arguments."""
-    return typing.get_type_hints(kind.__init__)
+    return _hints_of(kind.__init__)
+
+
+_hints_of = functools.lru_cache(typing.get_type_hints)
 
 
 def _may_be_a_path(hint: Any) -> bool:

@@ -75,8 +75,13 @@ def resume(training: Training, path: Path) -> None:
     Raises:
         CheckpointError: It is damaged, or of another training.
     """
-    if not training.fabric.broadcast(path.exists()):
-        return
+    if training.fabric.broadcast(path.exists()):
+        with checkpoint.reading(path):
+            _restore(training, path)
+
+
+def _restore(training: Training, path: Path) -> None:
+    """Set all that a checkpoint holds."""
     tensors, state = checkpoint.load_training_state(path)
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     mine = {name: tuple(value.shape) for name, value in training.model.state_dict().items()}
