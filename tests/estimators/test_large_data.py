@@ -25,7 +25,7 @@ from energyreg.tables.cells import CellWarning
 from energyreg.tables.files import TableFileError
 from energyreg.tables.preprocessing import TablePreprocessor
 
-FAST = {"n_members": 1, "epochs": 2, "width": 8, "num_components": 2, "random_state": 0}
+FAST = {"n_members": 1, "epochs": 2, "width": 8, "num_components": 2, "random_state": 0, "split": "random"}
 N = 700
 RNG = np.random.default_rng(0)
 FRAME = pd.DataFrame(

@@ -66,7 +66,12 @@ def test_any_damage_is_said_with_the_name_of_the_file(suffix, tmp_path):
         damaged = bytearray(content)
         damaged[place : place + 3] = bytes(rng.integers(0, 256, len(damaged[place : place + 3]), dtype=np.uint8))
         path.write_bytes(damaged)
-        for read in (files.columns_of, files.text_columns, files.read, lambda p: list(files.read_chunks(p, rows=7))):
+        for read in (
+            files.columns_of,
+            lambda p: files.typed_columns(p, "text"),
+            files.read,
+            lambda p: list(files.read_chunks(p, rows=7)),
+        ):
             try:
                 read(path)
             except files.TableFileError as error:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +61,13 @@ def fit(
         list[str] | None, typer.Option("--na", help="Cell that stands for a missing value; may be repeated.")
     ] = None,
     strict: Strict = False,
+    time_column: Annotated[
+        str | None, typer.Option(help="Hold out the latest rows by this column.", show_default="rows at random")
+    ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(help="Never hold out a part of a group, such as a person; no input.", show_default="none"),
+    ] = None,
     conformal: Annotated[bool, typer.Option("--conformal", help="Intervals with a guaranteed coverage.")] = False,
     image: Annotated[
         str | None, _of_images("Column of image files, to predict from instead of the other columns.")
@@ -92,6 +99,12 @@ def fit(
     kinds = [_target_kind(kind) for kind in target_kind or ["real"]]
     if len(set(target)) < len(target):
         raise InputError("--target names a column twice.")
+    if time_column is not None and group_column is not None:
+        raise InputError("--time-column and --group-column are both given; pass one of them.")
+    beside = {"--time-column": time_column, "--group-column": group_column}
+    for option, name in beside.items():
+        if name is not None and name in target:
+            raise InputError(f"{option} names {name!r}, which is a target; name another column.")
     both = [name for name in target if name in (drop or [])]
     if both:
         raise InputError(f"--drop names {both[0]!r}, which is a target; drop other columns.")
@@ -108,8 +121,9 @@ def fit(
     if image is None and network:
         option = f"--{next(iter(network)).replace('_', '-')}"
         raise InputError(f"{option} is for images; pass --image, the column of their files, too.")
-    if image is not None and drop:
-        raise InputError("--drop is for tables; with --image no other column is looked at.")
+    for option, given in {"--drop": drop, **beside}.items():
+        if image is not None and given:
+            raise InputError(f"{option} is for tables; with --image no other column is looked at.")
     from energyreg.files import with_suffix
 
     output = with_suffix(output)
@@ -118,16 +132,16 @@ def fit(
     if large:
         from energyreg.tables.files import columns_of
 
-        names = [name for name in columns_of(data) if name not in {*target, *(drop or [])}]
+        names = [name for name in columns_of(data) if name not in {*target, *(drop or []), group_column}]
     else:
-        names, frame, y = _training_table(data, target, drop or [], missing, image=image)
+        names, frame, y, whole = _training_table(data, target, drop or [], missing, image=image, beside=beside)
 
     from energyreg.estimators.table import EnergyRegressor
     from energyreg.training.failures import TrainingError
 
     held_out = None
     if share is None:
-        _, other, other_y = _training_table(Path(validation), target, [], missing, keep=names, image=image)
+        _, other, other_y, _ = _training_table(Path(validation), target, [], missing, keep=names, image=image)
         held_out = (other, other_y)
     use_threads(threads)
     settings: dict[str, Any] = {
@@ -150,10 +164,15 @@ def fit(
         try:
             if large:
                 assert isinstance(regressor, EnergyRegressor)
-                regressor.fit_file(data, list(target), drop=drop or [], eval_set=held_out, missing=missing)
+                regressor.fit_file(
+                    data, list(target), drop=drop or [], eval_set=held_out, missing=missing, group_column=group_column,
+                    time_column=time_column,
+                )  # fmt: skip
                 rows = regressor.n_samples_fit_
             else:
-                regressor.fit(frame, y if len(target) > 1 else y[:, 0], eval_set=held_out)
+                order = {"groups": group_column, "time": time_column} if image is None else {}
+                hanging: dict[str, Any] = {key: whole[name] for key, name in order.items() if name is not None}
+                regressor.fit(frame, y if len(target) > 1 else y[:, 0], eval_set=held_out, **hanging)
                 rows = len(frame) - len(getattr(regressor, "skipped_", ()))
         except TrainingError:
             raise
@@ -193,23 +212,27 @@ def _training_table(
     missing: Sequence[str],
     keep: Sequence[str] | None = None,
     image: str | None = None,
-) -> tuple[list[str], DataFrame, np.ndarray]:
-    """Names of the inputs, their columns, and the targets."""
+    beside: Mapping[str, str | None] | None = None,
+) -> tuple[list[str], DataFrame, np.ndarray, DataFrame]:
+    """Names of the inputs, their columns, the targets, and all columns; `beside` are options and columns they name."""
     from energyreg.tables import files as tablefiles
 
     frame = tablefiles.read(path, kinds=None if image is None else {image: "text"}, missing=missing)
     frame.columns = [str(name) for name in frame.columns]
     present(frame, target, path, "--target names")
     present(frame, drop, path, "--drop names")
+    for option, name in (beside or {}).items():
+        present(frame, [] if name is None else [name], path, f"{option} names")
     y = target_columns(frame, target, path)
-    names = [name for name in frame.columns if name not in {*target, *drop}] if keep is None else list(keep)
+    left_out = {*target, *drop, (beside or {}).get("--group-column")}
+    names = [name for name in frame.columns if name not in left_out] if keep is None else list(keep)
     if not names:
         raise InputError(f"{path}: no column is left to predict from; there must be one besides the target.")
     if len(frame) < 2:
         raise InputError(f"{path}: the table has one row; expected at least 2 to learn from, and better 100.")
     if image is not None:
-        return names, image_files(frame, image, path, "--image names"), y
-    return names, frame[present(frame, names, path, "the training table has")], y
+        return names, image_files(frame, image, path, "--image names"), y, frame
+    return names, frame[present(frame, names, path, "the training table has")], y, frame
 
 
 def _target_kind(text: str) -> Any:

@@ -269,7 +269,7 @@ class ImageRegressor(DensityRegressor):
 
     def _settings(self) -> Settings:
         """The parameters of the training, after a check of all."""
-        settings = Settings.of(self, frequency_scale=1.0, max_levels=256, min_count=4)
+        settings = Settings.of(self, frequency_scale=1.0, max_levels=256, min_count=4, split="random")
         check_whole("image_size", self.image_size)
         check_whole("image_batch_size", self.image_batch_size)
         if not isinstance(self.fine_tune, (bool, np.bool_)):

@@ -19,6 +19,7 @@ from energyreg.estimators.members import Builder, Model, Trial, integrator_of, s
 from energyreg.estimators.outliers import find_fences, warn_of_outliers
 from energyreg.estimators.pilots import after_pilots, pilot_trials
 from energyreg.estimators.settings import Settings
+from energyreg.estimators.splits import Order
 from energyreg.estimators.targets import Target, point_masses
 from energyreg.estimators.time_budget import CALIBRATION_ROWS, ROWS_OF_SEVERAL, plan_time
 from energyreg.models.calibration import Calibration
@@ -81,7 +82,13 @@ class Rows:
 
 
 def prepare(
-    given: Any, settings: Settings, targets: np.ndarray, weights: np.ndarray, evaluation: np.ndarray | None, seed: int
+    given: Any,
+    settings: Settings,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    evaluation: np.ndarray | None,
+    seed: int,
+    order: Order | None = None,
 ) -> Rows:
     """Check targets, split their rows, and make rounded ones continuous.
 
@@ -92,6 +99,7 @@ def prepare(
         weights: Their weights, shape (R,).
         evaluation: Targets of rows that the user holds out, if any.
         seed: Seed of the split and of the noise.
+        order: How the rows hang together.
 
     Raises:
         ValueError: If targets cannot be used, or too few are left to train on.
@@ -113,7 +121,9 @@ def prepare(
     known = np.flatnonzero(weights > 0)  # the others count as not there
     targets, weights = targets[known], weights[known]
     rng = np.random.default_rng(seed)
-    train, held_out, conformal = _split(len(known), evaluation is not None, settings, rng)
+    train, held_out, conformal = _split(
+        len(known), evaluation is not None, settings, rng, (order or Order()).select(known)
+    )
     fences = find_fences(space, targets if evaluation is None else np.concatenate([targets, evaluation]))
     tame = ~warn_of_outliers(space, targets, fences, known, "y")
     train, held_out = train[tame[train]], held_out[tame[held_out]]
@@ -133,10 +143,9 @@ def prepare(
 
 
 def _split(
-    rows: int, evaluated: bool, settings: Settings, rng: np.random.Generator
+    rows: int, evaluated: bool, settings: Settings, rng: np.random.Generator, order: Order
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows to train on, to validate on, and for conformal scores."""
-    order = rng.permutation(rows)
     fraction = settings.validation_fraction or 0.0
     without = evaluated or fraction == 0 or rows < FEWEST_TO_SPLIT
     held_out = 0 if without else min(max(round(fraction * rows), 1), MOST_HELD_OUT)
@@ -146,8 +155,7 @@ def _split(
             f"X has {rows} rows with a weight above 0, of which {held_out} are held out for validation and "
             f"{conformal} for conformal scores; expected at least 2 to train on. Lower validation_fraction."
         )
-    parts = np.split(order, [held_out, held_out + conformal])
-    return np.sort(parts[2]), np.sort(parts[0]), np.sort(parts[1])
+    return order.split(rows, held_out, conformal, rng)
 
 
 @dataclass

@@ -19,6 +19,7 @@ __all__ = ["Settings", "check_whole", "find_device", "is_number", "threads"]
 LOGGER = logging.getLogger("energyreg")
 BASES = ("auto", "marginal", "proposal")
 OUTPUTS = ("auto", "joint", "chain")
+SPLITS = ("auto", "random", "time")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Settings:
     outputs: str
     num_components: int
     validation_fraction: float | None
+    split: str
     time_budget: float | None
     calibrate: bool
     conformal: bool
@@ -86,7 +88,7 @@ class Settings:
         scale = self.frequency_scale
         if not (is_number(scale) and 0 < scale < math.inf) and not (isinstance(scale, str) and scale == "auto"):
             raise ValueError(f'frequency_scale is {scale!r}; expected a number > 0 or "auto".')
-        for name, known in (("base", BASES), ("outputs", OUTPUTS)):
+        for name, known in (("base", BASES), ("outputs", OUTPUTS), ("split", SPLITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}.")
         if self.device not in (None, "auto") and not isinstance(self.device, (str, torch.device)):

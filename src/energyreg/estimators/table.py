@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ import numpy as np
 from energyreg.errors import DataError
 from energyreg.estimators.columns import encode_table
 from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows
-from energyreg.estimators.learning import check_weights, prepare
+from energyreg.estimators.learning import FEWEST_TO_SPLIT, check_weights, prepare
 from energyreg.estimators.settings import Settings
+from energyreg.estimators.splits import notice_order, order_of
 from energyreg.tables.blocks import FileTable, MemoryTable, Source
 from energyreg.tables.columns import read_columns
 from energyreg.tables.files import TableFileError, error_about
@@ -62,6 +63,9 @@ class EnergyRegressor(DensityRegressor):
         num_components: Gaussians of the mixture density network, where there is one.
         validation_fraction: Share of the rows held out, by which the epoch and the calibration are chosen, but 20,000
             rows at most; None or 0 for none. Ignored with an `eval_set`, and below 40 rows.
+        split: Which rows are held out: "random"; "time" for the latest ones, by the dates of the index or of the only
+            column of dates, else by the order of the rows; "auto" is "random", with a warning where the rows are in the
+            order of a date. `groups` of `fit` are never divided.
         time_budget: Seconds that `fit` may take: a few steps are timed, and epochs and members chosen to fit (and rows,
             where one epoch is too long); `verbose` and the log say which. Where the machine is slower than planned,
             training stops at the last step that the budget allows, with the best weights so far, and a warning says
@@ -137,6 +141,7 @@ class EnergyRegressor(DensityRegressor):
         outputs: str = "auto",
         num_components: int = 8,
         validation_fraction: float | None = 0.1,
+        split: str = "auto",
         time_budget: float | None = None,
         calibrate: bool = True,
         conformal: bool = False,
@@ -160,6 +165,7 @@ class EnergyRegressor(DensityRegressor):
         self.outputs = outputs
         self.num_components = num_components
         self.validation_fraction = validation_fraction
+        self.split = split
         self.time_budget = time_budget
         self.calibrate = calibrate
         self.conformal = conformal
@@ -172,7 +178,16 @@ class EnergyRegressor(DensityRegressor):
 
     # Fit -------------------------------------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, eval_set: Any = None) -> EnergyRegressor:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        eval_set: Any = None,
+        *,
+        groups: Any = None,
+        time: Any = None,
+    ) -> EnergyRegressor:
         """Learn p(y|x).
 
         Args:
@@ -180,6 +195,9 @@ class EnergyRegressor(DensityRegressor):
             y: Targets, shape (N,), or (N, D) for several outputs.
             sample_weight: Weights of the rows, shape (N,); see the class.
             eval_set: Pair (X, y) to choose the epoch and the calibration by, instead of a part of the rows.
+            groups: Group of each row, shape (N,), such as a person: no group is trained on and held out, neither for
+                the choice of the epoch and the calibration nor for conformal scores. It is no input.
+            time: Time of each row, shape (N,), dates or numbers: the latest rows are held out, as by `split="time"`.
 
         Returns:
             The estimator itself.
@@ -189,11 +207,12 @@ class EnergyRegressor(DensityRegressor):
             TypeError: If X is sparse, or holds something that is no number, text, boolean or date.
             TrainingError: If the training diverges.
         """
-        started = time.perf_counter()
+        started = perf_counter()
         settings = Settings.of(self)
         source = MemoryTable(X, "X")
         targets = read_targets(y, "y", source.rows)
-        return self._fit_source(settings, source, targets, check_weights(sample_weight, source.rows), eval_set, started)
+        weights = check_weights(sample_weight, source.rows)
+        return self._fit_source(settings, source, targets, weights, eval_set, started, groups, time)
 
     def fit_file(
         self,
@@ -204,6 +223,8 @@ class EnergyRegressor(DensityRegressor):
         sample_weight: str | None = None,
         eval_set: Any = None,
         missing: Sequence[str] = (),
+        group_column: str | None = None,
+        time_column: str | None = None,
     ) -> EnergyRegressor:
         """Learn p(y|x) from a table in a file that need not fit into memory; the same as `fit` of the same table.
 
@@ -218,6 +239,8 @@ class EnergyRegressor(DensityRegressor):
             sample_weight: Column of the rows' weights.
             eval_set: As in `fit`.
             missing: Cells that stand for a missing value, besides the usual ones.
+            group_column: Column of the groups, as in `fit`; it is no input.
+            time_column: Column of the time, as in `fit`; it is an input, too, unless it is dropped.
 
         Returns:
             The estimator itself.
@@ -230,18 +253,19 @@ class EnergyRegressor(DensityRegressor):
             TrainingError: If the training diverges.
             OSError: If there is no room for the temporary file.
         """
-        started = time.perf_counter()
+        started = perf_counter()
         settings = Settings.of(self)
         names = [target] if isinstance(target, str) else list(target)
         if not names or isinstance(drop, str) or not all(isinstance(name, str) for name in (*names, *drop)):
             raise ValueError(f"target is {target!r} and drop is {drop!r}; expected names of columns, drop as a list.")
         settings.log(f"Reading {path}.")
-        source = FileTable(path, names, drop, sample_weight, missing)
+        source = FileTable(path, names, drop, sample_weight, missing, group_column, time_column)
         weights = np.ones(source.rows) if source.weights is None else source.weights
         try:
             if not (weights > 0).any():
                 raise ValueError(f"column {sample_weight!r}, the weights, is 0 in every row.")
-            return self._fit_source(settings, source, source.targets, weights, eval_set, started)
+            groups, times = source.groups, source.time
+            return self._fit_source(settings, source, source.targets, weights, eval_set, started, groups, times)
         except (ValueError, TypeError) as error:
             if isinstance(error, TableFileError):
                 raise
@@ -255,6 +279,8 @@ class EnergyRegressor(DensityRegressor):
         weights: np.ndarray,
         eval_set: Any,
         started: float,
+        groups: Any,
+        time: Any,
     ) -> EnergyRegressor:
         """Learn from a table in memory or in a file."""
         if source.rows < 2:
@@ -262,7 +288,11 @@ class EnergyRegressor(DensityRegressor):
                 "{name} has n_samples = 1 row; expected at least 2 to learn from, and better 100. Pass more.", name="X"
             )
         x_evaluation, evaluation = (None, None) if eval_set is None else _read_pair(eval_set)
-        rows = prepare(self.target, settings, targets, weights, evaluation, draw_seed(self.random_state))
+        order = order_of(settings.split, source.rows, source.times, groups, time)
+        held_out = settings.conformal or (settings.validation_fraction and eval_set is None)
+        if settings.split == "auto" and groups is None and time is None and held_out and source.rows >= FEWEST_TO_SPLIT:
+            notice_order(source.times)
+        rows = prepare(self.target, settings, targets, weights, evaluation, draw_seed(self.random_state), order)
         fit_rows(self, settings, source, rows, x_evaluation, started)
         return self
 

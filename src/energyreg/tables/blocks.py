@@ -72,6 +72,7 @@ class Source(Protocol):
         on_disk: Whether the table is not in memory, so that its encoded rows may be too many for that, too.
         readings: Number of a column of text → how its cells are read; `blocks` and `take` have read them so.
         warnings: What is to be said of odd cells.
+        times: Dates of the rows, in microseconds: columns without text, and a dated index as "the index".
     """
 
     names: list[str] | None
@@ -81,6 +82,7 @@ class Source(Protocol):
     on_disk: bool
     readings: dict[int, Reading]
     warnings: list[CellWarning]
+    times: dict[int | str, np.ndarray]
 
     def blocks(self) -> Iterator[tuple[int, list[Column]]]:
         """First row and columns of each block, in order."""
@@ -123,15 +125,19 @@ class MemoryTable:
             self.width = len(self._whole)
         self.readings: dict[int, Reading] = {}
         self.warnings: list[CellWarning] = []
+        self.times: dict[int | str, np.ndarray] = _dates_of(getattr(table, "index", None))
         self._judge_text()
 
     def _judge_text(self) -> None:
         """Find out which columns of text hold numbers or dates, from all of their cells."""
-        if isinstance(self.table, np.ndarray) and self.table.dtype.kind in "iufbcmM":
+        if isinstance(self.table, np.ndarray) and self.table.dtype.kind in "iufbcm":
             return
         tallies: dict[int, Tally] = {}
+        dates: dict[int, list[np.ndarray]] = {}
         for start, columns in self._raw_blocks():
             for index, column in enumerate(columns):
+                if column.kind == "time" and not column.categorical:
+                    dates.setdefault(index, []).append(column.values)
                 if column.kind == "text":
                     tallies.setdefault(index, Tally()).add(column.values, start)
                 elif index in tallies and column.kind in ("number", "time"):
@@ -146,6 +152,10 @@ class MemoryTable:
                 self.warnings.append(warning)
         if self._whole is not None:
             self._whole = as_read(self.readings, self._whole)
+            dates |= {i: [self._whole[i].values] for i in self.readings if self._whole[i].kind == "time"}
+        for index, parts in sorted(dates.items()):
+            if sum(map(len, parts)) == self.rows:
+                self.times[index if self.names is None else self.names[index]] = np.concatenate(parts)
 
     def _slice(self, start: int, stop: int) -> Any:
         if hasattr(self.table, "iloc"):
@@ -178,6 +188,14 @@ class MemoryTable:
         return _take(self, rows)
 
 
+def _dates_of(index: Any) -> dict[int | str, np.ndarray]:
+    """The dates of a pandas index, where it has some."""
+    if type(index).__name__ not in ("DatetimeIndex", "PeriodIndex"):
+        return {}
+    _, (column,), _ = read_columns(index.to_frame(name="index"), "X")
+    return {"the index": column.values}
+
+
 class FileTable:
     """A table in a file: CSV, Parquet or Feather, by its suffix.
 
@@ -189,10 +207,14 @@ class FileTable:
         drop: Columns that are not used.
         weight: Column of the rows' weights, or None.
         missing: Cells that stand for a missing value, besides the usual ones.
+        group: Column of the rows' groups, or None; it is no input.
+        time: Column of the rows' time, or None.
 
     Attributes:
         targets: Targets, shape (N, D), float64.
         weights: Weights, shape (N,), or None.
+        groups: Groups, shape (N,), or None.
+        time: Times, shape (N,), or None.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -209,11 +231,14 @@ class FileTable:
         drop: Sequence[str] = (),
         weight: str | None = None,
         missing: Sequence[str] = (),
+        group: str | None = None,
+        time: str | None = None,
     ) -> None:
         self.path = Path(path)
         there = tablefiles.columns_of(path)
         wanted = [*targets, *([] if weight is None else [weight])]
-        for name in [*wanted, *drop]:
+        beside = {name for name in (group, time) if name is not None}
+        for name in [*wanted, *drop, *sorted(beside)]:
             if name not in there:
                 shown = ", ".join(map(repr, there[:8])) + (", ..." if len(there) > 8 else "")
                 raise TableFileError(self.path, f"there is no column {name!r}; the columns are {shown}.")
@@ -222,7 +247,7 @@ class FileTable:
         if set(wanted) & set(drop):
             name = min(set(wanted) & set(drop))
             raise TableFileError(self.path, f"the column {name!r} is a target or the weights; do not drop it.")
-        self.features = [name for name in there if name not in {*wanted, *drop}]
+        self.features = [name for name in there if name not in {*wanted, *drop, group}]
         self.names: list[str] | None = self.features
         self.given: list[Any] | None = list(self.features)
         self.width = len(self.features)
@@ -230,20 +255,32 @@ class FileTable:
         if not self.features:
             raise TableFileError(self.path, "no column is left to predict from; pass a table with more columns.")
         typed = tablefiles.is_typed(path)
-        texts = tablefiles.text_columns(path)
+        texts, dated = (tablefiles.typed_columns(path, kind) for kind in ("text", "time"))
         judged = [name for name in self.features if texts is None or name in texts]
         tallies = {name: Tally() for name in judged}
         kinds: dict[str, set[str]] = {name: set() for name in judged}
         numbers: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+        dates: dict[str, list[np.ndarray]] = {name: [] for name in self.features if dated is None or name in dated}
+        others: dict[str, list[np.ndarray]] = {name: [] for name in beside}
         self.rows = 0
-        some = [*wanted, *judged] if typed else None
+        some = sorted({*wanted, *judged, *dates, *beside}) if typed else None
         for frame in tablefiles.read_chunks(path, rows=block_rows(self.width), columns=some, missing=missing):
             for name in wanted:
                 what = "weight" if name == weight else "target"
                 numbers[name].append(_numbers(frame[name], self.path, what, self.rows))
             for name in judged:
                 kinds[name] |= _count_cells(frame[name], tallies[name], self.rows)
+            for name, parts in dates.items():
+                if frame[name].dtype.kind == "M":
+                    parts.append(read_columns(frame[[name]], "X")[1][0].values)
+            for name, parts in others.items():
+                parts.append(frame[name].to_numpy(object))
             self.rows += len(frame)
+        self.times: dict[int | str, np.ndarray] = {
+            name: np.concatenate(parts) for name, parts in dates.items() if sum(map(len, parts)) == self.rows
+        }
+        self.groups = None if group is None else np.concatenate(others[group])
+        self.time = None if time is None else np.concatenate(others[time])
         # What one block holds may look like numbers, and the next may not.
         self.kinds: dict[str, str] = {}
         self.readings: dict[int, Reading] = {}

@@ -36,8 +36,8 @@ __all__ = [
     "kind_of",
     "read",
     "read_chunks",
-    "text_columns",
     "to_numbers",
+    "typed_columns",
 ]
 
 CHUNK_ROWS = 4_096
@@ -140,8 +140,8 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
         return names
 
 
-def text_columns(path: str | os.PathLike[str]) -> list[str] | None:
-    """Names of the columns that the file says to hold text; None for a CSV, which does not say it.
+def typed_columns(path: str | os.PathLike[str], what: str) -> list[str] | None:
+    """Names of the columns that the file says to hold "text" or "time"; None for a CSV, which does not say it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -153,8 +153,9 @@ def text_columns(path: str | os.PathLike[str]) -> list[str] | None:
     from pyarrow import types
 
     text = (types.is_string, types.is_large_string, types.is_string_view)
+    tests = {"text": text, "time": (types.is_date, types.is_timestamp)}[what]
     with _complete(path, kind):
-        return [str(field.name) for field in _schema(path, kind) if any(is_text(field.type) for is_text in text)]
+        return [str(field.name) for field in _schema(path, kind) if any(test(field.type) for test in tests)]
 
 
 def _schema(path: Path, kind: str) -> Any:
