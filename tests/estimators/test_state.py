@@ -36,6 +36,7 @@ DELETED = "deleted"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"n_members": 2, "epochs": 1, "width": 8, "depth": 1, "random_state": 0, "num_components": 2}
+    settings["split"] = "random"
     regressor = er.EnergyRegressor(conformal=True, target="positive", base="proposal", min_count=1, **settings)
     regressor.fit(TABLE, 1 + RNG.random(80))
     return regressor.save(tmp_path_factory.mktemp("model") / "model")

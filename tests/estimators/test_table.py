@@ -32,7 +32,7 @@ from energyreg.estimators.settings import Settings
 from energyreg.files import CheckpointError
 from energyreg.models.calibration import Calibration
 
-FAST = {"n_members": 1, "epochs": 3, "width": 8, "num_components": 2, "random_state": 0}
+FAST = {"n_members": 1, "epochs": 3, "width": 8, "num_components": 2, "random_state": 0, "split": "random"}
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 2))
 NOISE = RNG.normal(size=120)
