@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
 
 import numpy as np
 import pandas as pd
@@ -146,15 +145,6 @@ def test_a_wild_feature_value_does_not_blow_the_density_up(wild):
     score = regressor.score_samples(changed, Y[:20])
     assert np.isfinite(score).all() and score.min() > -20
     assert np.abs(regressor.predict(changed)).max() < 10
-
-
-@pytest.mark.filterwarnings("ignore:(Training stopped|time_budget is)")
-def test_a_time_budget_is_kept_about():
-    regressor = EnergyRegressor(time_budget=2.0, width=8, random_state=0)
-    started = time.perf_counter()
-    regressor.fit(X, Y)
-    # A busy machine may take several times as long as it did when the steps were timed.
-    assert time.perf_counter() - started < 20 and (regressor.n_iter_ >= 1 or regressor.history_.timed_out)
 
 
 def test_weights_above_zero_decide():
@@ -469,41 +459,6 @@ def test_ctrl_c_in_the_calibration_keeps_the_model(monkeypatch):
     with pytest.warns(UserWarning, match="interrupted in the calibration; the model is as it was trained"):
         regressor = EnergyRegressor(**FAST).fit(X, Y)
     assert regressor.histories_[0].interrupted and np.isfinite(regressor.score_samples(X, Y)).all()
-
-
-def test_the_plan_keeps_to_the_budget(monkeypatch):
-    """Seconds of a step and a validation are given, so that the choice is a matter of arithmetic."""
-    from energyreg.estimators import time_budget
-
-    monkeypatch.setattr(time_budget, "time", type("Still", (), {"perf_counter": staticmethod(lambda: 0.0)}))
-    settings = Settings.of(EnergyRegressor(time_budget=100.0))
-    plan = time_budget.TimePlan(step=0.1, steps=20, validation=0.5, afterwards=10.0)
-    # 0.8 of 90 s are planned for; an epoch of one member takes 2.5 s.
-    assert plan.choose(settings, 20, 2, 1000, 50, 0.0) == (14, 2, 1000)
-    assert plan.choose(settings, 40, 3, 1000, 50, 0.0) == (28, 1, 1000)
-    assert plan.choose(settings, 10, 1, 1000, 50, 0.0) == (10, 1, 1000)
-    slow = time_budget.TimePlan(step=5.0, steps=20, validation=2.0, afterwards=10.0)
-    with pytest.warns(UserWarning, match="an epoch takes about 1e.02 s; 700 of the 1000 training rows are used"):
-        assert slow.choose(settings, 20, 2, 1000, 50, 0.0) == (1, 1, 700)
-
-
-def test_training_stops_when_the_machine_is_slower_than_planned(monkeypatch):
-    from energyreg.estimators import learning, members, time_budget
-
-    limits = []
-
-    def watched(build, data, number, epochs, options, chained):
-        limits.append(options.get("time_limit"))
-        if limits[-1] is not None:
-            options = options | {"time_limit": 1e-3}  # as if the rest of the budget were gone
-        return members.train_members(build, data, number, epochs, options, chained)
-
-    for module in (learning, time_budget):
-        monkeypatch.setattr(module, "train_members", watched)
-    with pytest.warns(UserWarning, match="was up; the model has the current weights"):
-        regressor = EnergyRegressor(**{**FAST, "epochs": 50}, time_budget=30.0).fit(X, Y)
-    assert limits[:2] == [None, None] and 0 < limits[2] < 30
-    assert regressor.history_.timed_out and np.isfinite(regressor.score_samples(X, Y)).all()
 
 
 # ---------------------------------------------------------------------------------------------- pilots

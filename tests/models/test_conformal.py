@@ -73,6 +73,7 @@ def test_targets_at_an_end_do_not_make_every_interval_the_whole_space() -> None:
     assert not bool((found == torch.tensor([0.0, 0.1])).all())
 
 
+@pytest.mark.filterwarnings("ignore:y, column .*(has point masses|takes only)")
 @pytest.mark.parametrize("target", ["count", "positive", ["positive", ("interval", 0, 0.1)]])
 def test_the_estimators_intervals_stay_where_targets_can_be(target: object) -> None:
     rng = np.random.default_rng(0)

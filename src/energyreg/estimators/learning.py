@@ -21,7 +21,13 @@ from energyreg.estimators.pilots import after_pilots, pilot_trials
 from energyreg.estimators.settings import Settings
 from energyreg.estimators.splits import Order
 from energyreg.estimators.targets import Target, point_masses
-from energyreg.estimators.time_budget import CALIBRATION_ROWS, ROWS_OF_SEVERAL, plan_time
+from energyreg.estimators.time_budget import (
+    CALIBRATION_ROWS,
+    ROWS_OF_SEVERAL,
+    members_more,
+    plan_time,
+    warn_of_what_fitted,
+)
 from energyreg.models.calibration import Calibration
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.training.data import default_batch_size
@@ -63,6 +69,7 @@ class Rows:
         evaluated: Which of the rows that the user holds out are used; those whose target is not wild.
         z_evaluation: Their targets, dequantised.
         step: Rounding step of the only output; None where it is continuous, or where there are several.
+        atoms: Edges of the bins over which point masses among continuous values are spread, shape (V, 2).
         seed: Seed of the training.
     """
 
@@ -78,6 +85,7 @@ class Rows:
     evaluated: np.ndarray | None
     z_evaluation: np.ndarray | None
     step: float | None
+    atoms: np.ndarray
     seed: int
 
 
@@ -134,11 +142,25 @@ def prepare(
         evaluated = evaluated if len(evaluated) else every
         evaluation = evaluation[evaluated]
     steps = target.rounding_steps(targets[tame])
-    z = target.dequantise(targets, steps, rng)
-    z_evaluation = None if evaluation is None else target.dequantise(evaluation, steps, rng)
+    atoms = target.atoms(targets[tame], steps, "y")
+    z = target.dequantise(targets, steps, rng, atoms)
+    z_evaluation = None if evaluation is None else target.dequantise(evaluation, steps, rng, atoms)
     step = (steps[0] or None) if space.dim == 1 else None
     return Rows(
-        target, space, known, targets, weights, train, held_out, conformal, z, evaluated, z_evaluation, step, seed
+        target,
+        space,
+        known,
+        targets,
+        weights,
+        train,
+        held_out,
+        conformal,
+        z,
+        evaluated,
+        z_evaluation,
+        step,
+        atoms,
+        seed,
     )
 
 
@@ -183,10 +205,10 @@ class Learned:
             self.model = EnergyEnsemble([members[i] for i in kept], kept_weights.tolist()).eval()
             self.trials = [self.trials[i] for i in kept]
 
-    def calibrate(self, validation: Validation, seed: int, settings: Settings) -> None:
-        """Choose the members' weights, the temperature and the defensive mixture weight by held-out rows."""
+    def calibrate(self, validation: Validation, seed: int, settings: Settings, most: int = CALIBRATION_ROWS) -> None:
+        """Choose the members' weights, the temperature and the defensive mixture weight by `most` held-out rows."""
         x, y, weights = validation
-        most = CALIBRATION_ROWS if y.shape[1] == 1 else ROWS_OF_SEVERAL[0]
+        most = most if y.shape[1] == 1 else min(most, ROWS_OF_SEVERAL[0])
         if len(y) > most:
             rows = np.sort(np.random.default_rng([seed, 3]).choice(len(y), most, replace=False))
             x, y, weights = x[rows], y[rows], None if weights is None else weights[rows]
@@ -239,27 +261,23 @@ def learn(
         "batch_size": batch_size, "learning_rate": settings.learning_rate, "seed": seed, "sample_weight": weights,
         "validation": validation, "averaging": AVERAGING,
     }  # fmt: skip
-    masses, components = point_masses(rows.targets[rows.train], rows.step), []
-    if len(masses):
+    edges, components = rows.atoms, []
+    if rows.step:
+        masses = point_masses(rows.targets[rows.train], rows.step)
+        edges = np.stack(rows.target.bins(masses, rows.step), 1)
+    if len(edges):
         space = rows.target.space()
-        space.fit(data[1])  # the uniform components are told in its units
-        components = rows.target.uniform_components(space, masses, rows.step or 0.0)
+        space.fit(data[1])  # the uniform components are in its units
+        components = rows.target.uniform_components(space, edges)
     builder = Builder(settings, space, x.shape[1], count, cardinalities, components, replace_encoder)
     usual = builder.usual()
+    options["progress"] = bool(settings.verbose)
     if settings.time_budget is not None:
-        plan = plan_time(builder, usual, data, options, members, steps)
-        epochs, members, used = plan.choose(settings, epochs, members, count, batch_size, started)
-        options["time_limit"] = max(settings.time_budget - (time.perf_counter() - started) - plan.afterwards, 1e-3)
-        if used < count:
-            chosen = np.sort(np.random.default_rng([seed, 2]).choice(count, used, replace=False))
-            data, options["sample_weight"] = (data[0][chosen], data[1][chosen]), weights[chosen]
-            count, steps = used, max(used // batch_size, 1)
-            builder = replace(builder, rows=used)
+        return _learn_in_time(builder, usual, data, members, epochs, options, rows, started)
     settings.log(
         f"Training {members} member{'s' * (members > 1)} for {epochs} epochs of {steps} steps on {count} rows, "
         f"{0 if validation is None else len(validation[1])} held out."
     )
-    options["progress"] = bool(settings.verbose)
     learned = _train(builder, usual, data, members, epochs, options)
     learned.set_precision(space.dim)
     if settings.calibrate and validation is not None:
@@ -267,9 +285,111 @@ def learn(
     return learned
 
 
+def _learn_in_time(
+    builder: Builder,
+    usual: Trial,
+    data: Any,
+    members: int,
+    epochs: int,
+    options: dict[str, Any],
+    rows: Rows,
+    started: float,
+) -> Learned:
+    """Train and calibrate within the time budget: one good member first, then as many others as there is time for."""
+    settings, validation, seed, outputs = builder.settings, options["validation"], rows.seed, rows.space.dim
+    count, batch_size = len(data[1]), options["batch_size"]
+    steps = max(count // min(batch_size, count), 1)
+    wanted, deadline = (epochs, members, count), started + (settings.time_budget or math.inf)
+    conformal = len(rows.conformal) * settings.conformal
+
+    def left() -> float:
+        return deadline - time.perf_counter()
+
+    plan = plan_time(builder, usual, data, options, 1, steps)
+    epochs, first_members, used = plan.choose(
+        settings, epochs, members if builder.chained else 1, count, batch_size, started
+    )
+    if used < count:
+        chosen = np.sort(np.random.default_rng([seed, 2]).choice(count, used, replace=False))
+        data = data[0][chosen], data[1][chosen]
+        options["sample_weight"], builder = options["sample_weight"][chosen], replace(builder, rows=used)
+
+    def train(trials: list[Trial], number: int, patience: int | None = None) -> tuple[Model, list[History]]:
+        """Members of their own seeds, which stop when the time is over but for what follows."""
+        limit = max(left() - number * afterwards, 1e-3)
+        own = {**options, "time_limit": limit, "seed": seed + done, "patience": patience}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Training stopped after")  # is said once, at the end
+            return train_members(builder.each(trials), data, len(trials), epochs, own, builder.chained)
+
+    done, afterwards = 0, plan.afterwards / first_members
+    settings.log(f"Training the first {first_members} for {epochs} epochs of {used} rows, {left():.3g} s are left.")
+    trials = [usual] * first_members
+    model, histories = train(trials, first_members)
+    learned = Learned(model, trials, histories)
+    done = first_members
+    learned.set_precision(outputs)
+
+    def calibrate() -> None:
+        if settings.calibrate and validation is not None:
+            learned.calibrate(validation, seed, settings, plan.rows)
+
+    begun = time.perf_counter()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        calibrate()
+    spent = time.perf_counter() - begun
+    if validation is not None:
+        spent *= 1 + conformal / max(min(len(validation[1]), plan.rows), 1)
+    afterwards = spent / first_members
+    first = learned.histories[0]
+    complete = not (first.timed_out or first.interrupted) and (epochs, used) == (wanted[0], count)
+    seconds, pilots = first.total_seconds, pilot_trials(builder, usual, members - 1, validation is not None)
+    found: list[Trial] = []
+    more: list[Any] = []
+    later: list[History] = []
+    while complete and not builder.chained and done < members:
+        number = members_more(left(), seconds, afterwards, done, members - done)
+        if not number:
+            break
+        tried = pilots if pilots and number >= len(pilots) else found[:number] or [usual] * number
+        begun = time.perf_counter()
+        patience = max(epochs // PILOTS_PATIENCE, 1) if tried is pilots else None
+        model, new = train(tried, done + len(tried), patience)
+        seconds = (time.perf_counter() - begun) / len(tried)
+        complete = not any(history.timed_out or history.interrupted for history in new)
+        if not complete and validation is None:
+            break  # nothing says whether they are any good
+        more, later, found = [*more, *_models(model)], [*later, *new], found[len(tried) :]
+        learned.trials, done = [*learned.trials, *tried], done + len(tried)
+        if tried is pilots and complete and done < members:
+            assert isinstance(model, EnergyEnsemble)
+            planned = epochs
+            found, epochs = after_pilots(model, pilots, new, builder, members - 1, epochs, {**options, "seed": seed})
+            found.sort(key=found.count, reverse=True)
+            seconds *= epochs / planned
+            complete = bool(found)
+        pilots = []
+    if more:
+        ensemble = EnergyEnsemble(
+            [*_models(learned.model), *(model.double() if outputs == 1 else model for model in more)]
+        )
+        learned.model, learned.histories = ensemble.eval(), [*learned.histories, *later]
+        learned.set_precision(outputs)
+        calibrate()
+    else:
+        for warning in said:
+            warnings.warn(warning.message, stacklevel=6)
+    warn_of_what_fitted(settings, wanted, (len(first.train_loss), done, used), first.timed_out)
+    return learned
+
+
+def _models(model: Any) -> list[Any]:
+    return [*model.models()] if isinstance(model, EnergyEnsemble) else [model]
+
+
 def _train(builder: Builder, usual: Trial, data: Any, members: int, epochs: int, options: dict[str, Any]) -> Learned:
     """Train all members: the pilots first, where there are any, and the others by what they find."""
-    until = time.perf_counter() + options.get("time_limit", math.inf)
     trials = pilot_trials(builder, usual, members, options["validation"] is not None)
     if not trials:
         trials = [usual] * members
@@ -282,8 +402,6 @@ def _train(builder: Builder, usual: Trial, data: Any, members: int, epochs: int,
     rest, epochs = after_pilots(pilots, trials, histories, builder, members, epochs, options)
     if not rest:
         return Learned(pilots, trials, histories)
-    if "time_limit" in options:
-        options["time_limit"] = max(until - time.perf_counter(), 1e-3)
     options["seed"] += len(trials)
     others, more = train_members(builder.each(rest), data, len(rest), epochs, options, False)
     assert isinstance(others, EnergyEnsemble)

@@ -66,10 +66,10 @@ class EnergyRegressor(DensityRegressor):
         split: Which rows are held out: "random"; "time" for the latest ones, by the dates of the index or of the only
             column of dates, else by the order of the rows; "auto" is "random", with a warning where the rows are in the
             order of a date. `groups` of `fit` are never divided.
-        time_budget: Seconds that `fit` may take: a few steps are timed, and epochs and members chosen to fit (and rows,
-            where one epoch is too long); `verbose` and the log say which. Where the machine is slower than planned,
-            training stops at the last step that the budget allows, with the best weights so far, and a warning says
-            so. Results then depend on the machine.
+        time_budget: Seconds that `fit` may take, calibration and conformal scores included: a few steps are timed, one
+            member is trained with as many epochs as fit (on a part of the rows, where one epoch is too long), and
+            others follow while there is time; `verbose` and the log say how many. A warning says where the first
+            member got less than without a budget. Results then depend on the machine.
         calibrate: Whether the members' weights, temperature and defensive mixture weight are chosen on the validation
             rows (10,000 of them at most, 500 for several outputs).
         conformal: Whether `validation_fraction` of the rows more are held out, by which intervals and highest-density
@@ -105,7 +105,11 @@ class EnergyRegressor(DensityRegressor):
 
     Counts and rounded values (whose density would spike at each value) are made continuous for the training, by noise
     that is uniform over the rounding: "count" always, "real", "positive" and "interval" where y has ties and all values
-    are multiples of one step. `score_samples` and `predict_probabilities` undo it.
+    are multiples of one step, or are few and well apart. `score_samples` and `predict_probabilities` undo it. A value
+    of the only output that recurs exactly among continuous ones is spread over a narrow width; a warning names it.
+
+    Wild targets, so far from all others that no tail explains them, are left out of the training and the calibration;
+    a warning names their rows and values.
 
     Weights (`sample_weight`) weight the loss of each training row, and the validation likelihood and the calibration
     each validation row; only their ratios matter. A row of weight 2 counts as one that is there twice (but the batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +24,23 @@ POINT_MASS_FRACTION, POINT_MASS_HEIGHT = 0.05, 4.0
 """Fraction of the rows, and multiple of the neighbours' rows, from which on a rounded value is a point mass."""
 FINE_STEP = 0.05
 """Rounding step, in standard deviations, above which the smooth marginal shows a point mass by itself."""
+FEW_VALUES, LEAST_GAP, SAME = 0.2, 0.1, 1e-6
+"""Distinct values for each row, up to which they are a rounding without an exact grid; their least gap as a multiple of
+the median one; and differences that are none, as a fraction of the range."""
+ATOM_FRACTION, FEWEST_OF_ATOM, MOST_ATOMS = 0.02, 5, 16
+"""Fraction of the rows, and rows, from which on a value that recurs exactly is a point mass; and how many can be."""
+LEAST_CONTINUOUS = 0.1
+"""Fraction of the rows that the other values have at least, where there are point masses."""
+ATOM_WIDTH = 1e-3
+"""Width over which a point mass is spread, in interquartile ranges of the other values."""
+REPEATED = 0.5
+"""Distinct values for each row, below which repeats are said."""
+NAMED = 5
+"""Point masses that a warning names."""
+SPIKES = (
+    "Log-densities there can be raised without bound by spikes at these values, so that they say little; the fit takes "
+    "longer, too. Round the targets to a grid, or add noise to them."
+)
 UNEVEN = 0.3
 """Nats by which the density may differ between the ends of a bin in model space that a uniform component stands for."""
 
@@ -278,27 +296,97 @@ class Target:
         """Lower and upper edges of the bins of rounded values of the only output, within the target space."""
         return self.kinds[0].bins(values, step)
 
-    def dequantise(self, targets: Array, steps: Sequence[float], rng: np.random.Generator) -> Array:
-        """Targets (N, D) with noise that is uniform over the bins of those that are rounded."""
+    def dequantise(
+        self, targets: Array, steps: Sequence[float], rng: np.random.Generator, atoms: Array | None = None
+    ) -> Array:
+        """Targets (N, D) with noise that is uniform over the bins of those that are rounded, and of point masses.
+
+        Args:
+            targets: The targets.
+            steps: What :meth:`rounding_steps` returned.
+            rng: Where the noise comes from.
+            atoms: What :meth:`atoms` returned, if anything.
+        """
         if self.only is None:
             return targets + rng.uniform(-0.5, 0.5, targets.shape) * np.array(steps)
-        return rng.uniform(*self.bins(targets, steps[0])) if steps[0] else targets
+        if steps[0]:
+            return rng.uniform(*self.bins(targets, steps[0]))
+        for low, high in () if atoms is None else atoms.tolist():
+            inside = (low <= targets) & (targets <= high)
+            targets = np.where(inside, rng.uniform(low, high, targets.shape), targets)
+        return targets
 
-    def uniform_components(self, space: TargetSpace, values: Array, step: float) -> list[tuple[float, float]]:
-        """The bins of some values of the only output in model space, as far as their density is even there.
+    def uniform_components(self, space: TargetSpace, edges: Array) -> list[tuple[float, float]]:
+        """Bins of the only output in model space, as far as their density is even there.
 
         Args:
             space: The target space, fitted.
-            values: Values, shape (V,).
-            step: The rounding step.
+            edges: Lower and upper edges in user units, shape (V, 2).
         """
-        if not len(values):
+        if not len(edges):
             return []
-        low, high = (torch.as_tensor(edge)[:, None] for edge in self.bins(values, step))
-        edges = torch.cat([space.to_model(low), space.to_model(high)], 1)
+        low, high = torch.as_tensor(edges)[..., None].unbind(1)
+        found = torch.cat([space.to_model(low), space.to_model(high)], 1)
         slope = space.log_abs_det_jacobian(low) - space.log_abs_det_jacobian(high)
-        even = edges.isfinite().all(1) & (edges[:, 0] < edges[:, 1]) & (slope.abs() < UNEVEN)
-        return [(low, high) for low, high in edges[even].tolist()]
+        even = found.isfinite().all(1) & (found[:, 0] < found[:, 1]) & (slope.abs() < UNEVEN)
+        return [(low, high) for low, high in found[even].tolist()]
+
+    # Point masses ----------------------------------------------------------------------------------------------------
+
+    def atoms(self, targets: Array, steps: Sequence[float], name: str) -> Array:
+        """Narrow bins around values of the only output that recur exactly among continuous ones; warn of repeats.
+
+        Args:
+            targets: Targets, shape (N, D).
+            steps: What :meth:`rounding_steps` returned.
+            name: What warnings call the targets.
+
+        Returns:
+            Lower and upper edges in user units, shape (V, 2).
+        """
+        edges: list[tuple[float, float]] = []
+        for column, (kind, step) in enumerate(zip(self.kinds, steps, strict=True)):
+            if step:
+                continue
+            values, counts = np.unique(targets[:, column], return_counts=True)
+            often = counts >= max(ATOM_FRACTION * len(targets), FEWEST_OF_ATOM)
+            often &= (often.sum() <= MOST_ATOMS) & (counts[~often].sum() > LEAST_CONTINUOUS * len(targets))
+            where = "" if self.only else f", column {column},"
+            rest = counts[~often]
+            if often.any():
+                named = sorted(zip(counts[often] / len(targets), values[often], strict=True), reverse=True)
+                said = ", ".join(f"{value:.6g} in {fraction:.3g} of the rows" for fraction, value in named[:NAMED])
+                text = f"{name}{where} has point masses among continuous values: exactly {said}"
+                if self.only and not kind.period and not isinstance(kind, InSpace):
+                    edges += self._around(targets, values[often], values[~often])
+                    width = max(high - low for low, high in edges)
+                    warnings.warn(
+                        f"{text}. Each is spread evenly over a width of at most {width:.2g}, on which its log-density "
+                        "depends. For probabilities, round the targets to a grid, or predict the point masses by a "
+                        "model of their own.",
+                        stacklevel=7,
+                    )
+                else:
+                    warnings.warn(f"{text}. {SPIKES}", stacklevel=7)
+            if len(rest) < REPEATED * rest.sum() and rest.sum() > FEWEST_OF_ATOM:
+                warnings.warn(
+                    f"{name}{where} takes only {len(values)} distinct values in {len(targets)} rows, but they lie on "
+                    f"no grid that could be found. {SPIKES}",
+                    stacklevel=7,
+                )
+        return np.array(edges).reshape(-1, 2)
+
+    def _around(self, targets: Array, atoms: Array, others: Array) -> list[tuple[float, float]]:
+        """Bins around values, of equal width in model space, within the target space."""
+        space = self.space()
+        space.fit(torch.as_tensor(targets))
+        z, nearby = (space.to_model(torch.as_tensor(values)[:, None]).numpy()[:, 0] for values in (atoms, others))
+        width = ATOM_WIDTH * max(float(np.subtract(*np.quantile(nearby, [0.75, 0.25]))), 1e-3)
+        if len(z) > 1:
+            width = min(width, float(np.diff(z).min()) / 2)
+        ends = torch.as_tensor(np.stack([z - width / 2, z + width / 2], 1))[..., None]
+        low, high = space.to_user(ends).numpy()[..., 0].T
+        return [(min(a, v), max(b, v)) for a, b, v in zip(low.tolist(), high.tolist(), atoms.tolist(), strict=True)]
 
     # Predictions -----------------------------------------------------------------------------------------------------
 
@@ -316,11 +404,11 @@ def rounding_step(values: Array) -> float | None:
     known = np.unique(values)
     if len(known) < 2 or len(known) > 0.5 * len(values):
         return None
-    gaps = np.diff(known)
+    few = len(known) <= FEW_VALUES * len(values)
     # Decimal steps first: the least gap between rounded values may be several of them.
-    step = float(gaps.min())
+    step = float(np.diff(known).min())
     if step <= 64 * np.spacing(np.abs(known).max()):
-        return None
+        return _least_gap(known) if few else None
     decimal = 10.0 ** math.floor(math.log10(step) + 1e-9)
     for candidate in (float(f"{step:.6g}"), step, 5 * decimal, 2 * decimal, decimal):
         if candidate > step * (1 + 1e-6):
@@ -328,7 +416,15 @@ def rounding_step(values: Array) -> float | None:
         places = (known - known[0]) / candidate
         if np.abs(places - np.rint(places)).max() < 1e-3:
             return candidate
-    return None
+    return _least_gap(known) if few else None
+
+
+def _least_gap(known: Array) -> float | None:
+    """The least gap between few values on no exact grid, as of truncated floats; None where it says nothing of them."""
+    gaps = np.diff(known)
+    gaps = gaps[gaps > SAME * (known[-1] - known[0])]  # its mean at least is
+    step = float(gaps.min())
+    return step if step > LEAST_GAP * np.median(gaps) else None
 
 
 def point_masses(targets: Array, step: float | None) -> Array:

@@ -1,4 +1,4 @@
-"""A time budget: some steps are timed, and epochs, members and rows chosen to fit."""
+"""A time budget: some steps are timed, one good member is made first, and then as many others as fit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from energyreg.models.calibration import Calibration
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.training.history import History
 
-__all__ = ["CALIBRATION_ROWS", "ROWS_OF_SEVERAL", "TimePlan", "plan_time"]
+__all__ = ["CALIBRATION_ROWS", "ROWS_OF_SEVERAL", "TimePlan", "members_more", "plan_time", "warn_of_what_fitted"]
 
-BUDGET_FRACTION = 0.8
-"""Fraction of a time budget that is planned for; a machine does not run evenly."""
+BUDGET_FRACTION = 0.9
+"""Fraction of the time left that is planned for; a machine does not run evenly."""
+CALIBRATION_FRACTION = 0.1
+"""Fraction of a time budget in which one member is calibrated, at most."""
 TIMED_ROWS, CALIBRATED_TO_TIME = 2_048, 256
 """Validation rows that are predicted, and calibrated on, to see how long it takes."""
 CALIBRATION_ROWS = 10_000
@@ -31,12 +33,21 @@ long as a prediction."""
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds of a step and of the validation after an epoch, each of one member; and of what follows the training."""
+    """Seconds of a step and of the validation after an epoch, each of one member; and of what follows the training.
+
+    Attributes:
+        step: Seconds of a step.
+        steps: Steps of an epoch.
+        validation: Seconds of the validation after an epoch.
+        afterwards: Seconds of the calibration and of the conformal scores.
+        rows: Rows to calibrate by, so that it does not take more.
+    """
 
     step: float
     steps: int
     validation: float
     afterwards: float
+    rows: int = CALIBRATION_ROWS
 
     def epoch(self, members: int) -> float:
         """Seconds of an epoch."""
@@ -47,6 +58,8 @@ class TimePlan:
     ) -> tuple[int, int, int]:
         """Epochs, members and rows that fit the time budget, of as many as are wanted.
 
+        One member gets all its epochs before there is another.
+
         Args:
             settings: Parameters of the estimator, with the budget.
             epochs: Epochs without it.
@@ -55,29 +68,58 @@ class TimePlan:
             batch_size: Rows of a step.
             started: When the budget began, by :func:`time.perf_counter`.
         """
-        budget = settings.time_budget or 0.0
-        left = (budget - self.afterwards) * BUDGET_FRACTION - (time.perf_counter() - started)
-        wanted = members
-        while members > 1 and left / self.epoch(members) < epochs / 2:
+        left = ((settings.time_budget or 0.0) - self.afterwards) * BUDGET_FRACTION - (time.perf_counter() - started)
+        while members > 1 and left < self.epoch(members) * epochs:
             members -= 1
-        epoch = self.epoch(members)
-        possible = int(left / epoch)
+        possible = int(left / self.epoch(members))
         if possible >= 1:
-            chosen = min(epochs, possible)
-            settings.log(
-                f"An epoch of {wanted} members takes about {self.epoch(wanted):.2g} s, {left:.3g} s are left: {chosen} "
-                f"epochs of {members} instead of {epochs} of {wanted}, about {chosen * epoch:.3g} s."
-            )
-            return chosen, members, rows
+            return min(epochs, possible), members, rows
         # A part of the rows, so that the schedule comes to its end: the learning rate must become small.
         possible = int((left - self.validation * members) / (self.step * members))
-        used = min(max(possible, 1) * batch_size, rows)
+        return 1, members, max(min(max(possible, 1) * batch_size, rows), 2)
+
+
+def members_more(left: float, training: float, afterwards: float, there: int, most: int) -> int:
+    """Members that can be trained yet.
+
+    Args:
+        left: Seconds that are left.
+        training: Seconds that the training of a member takes.
+        afterwards: Seconds that a member takes in calibration and conformal scores, which follow for all together.
+        there: Members that there are.
+        most: Members that are wanted yet.
+    """
+    possible = (left * BUDGET_FRACTION - there * afterwards) / max(training + afterwards, 1e-9)
+    return max(min(int(possible), most), 0)
+
+
+def warn_of_what_fitted(
+    settings: Settings, wanted: tuple[int, int, int], found: tuple[int, int, int], timed_out: bool
+) -> None:
+    """Say once what the budget allowed: a warning where already the first member got less than without it.
+
+    Args:
+        settings: Parameters of the estimator, with the budget.
+        wanted: Epochs, members and rows without it.
+        found: Those that there were time for.
+        timed_out: Whether the training of the first member was stopped.
+    """
+    (epochs, members, rows), (epochs_found, members_found, rows_found) = wanted, found
+    budget = f"time_budget is {settings.time_budget:g} s"
+    if rows_found < rows:
         warnings.warn(
-            f"time_budget is {budget:g} s, but an epoch takes about {epoch:.2g} s; {used} of the {rows} training rows "
-            "are used, chosen at random, and each once. Pass a longer budget.",
+            f"{budget}, in which one member saw {rows_found} of the {rows} training rows, chosen at random, each once. "
+            "Pass a longer budget.",
             stacklevel=6,
         )
-        return 1, members, max(used, 2)
+    elif timed_out or epochs_found < epochs:
+        warnings.warn(
+            f"{budget}, in which {members_found} of {members} members had {epochs_found} of {epochs} epochs"
+            f"{', the last of which was cut short' * timed_out}. Pass a longer budget.",
+            stacklevel=6,
+        )
+    elif members_found < members:
+        settings.log(f"{budget[0].upper()}{budget[1:]}, in which {members_found} of {members} members were trained.")
 
 
 def plan_time(
@@ -115,7 +157,9 @@ def plan_time(
             if any(history.interrupted for history in histories):
                 raise KeyboardInterrupt
             seconds[count] = _epoch_seconds(histories, members) or time.perf_counter() - before
-        afterwards = _seconds_afterwards(model, builder, tried, held_out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            afterwards = _afterwards(model, builder, tried, held_out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "fit was interrupted while the time of some steps was measured; there is no model yet."
@@ -125,7 +169,7 @@ def plan_time(
     validation = max(most - step * many, 0.0)
     if held_out is not None:
         validation *= len(held_out[1]) / len(tried[1])
-    return TimePlan(step / members, steps, validation / members, afterwards)
+    return TimePlan(step / members, steps, validation / members, *afterwards)
 
 
 def _epoch_seconds(histories: list[History], members: int) -> float:
@@ -133,22 +177,25 @@ def _epoch_seconds(histories: list[History], members: int) -> float:
     return sum(history.seconds[0] for history in histories[::members] if history.seconds)
 
 
-def _seconds_afterwards(model: Any, builder: Builder, tried: Any, held_out: Any) -> float:
-    """Seconds that the calibration will take, and the conformal scores, which are about as much work a row."""
+def _afterwards(model: Any, builder: Builder, tried: Any, held_out: Any) -> tuple[float, int]:
+    """Seconds of the calibration and of the conformal scores, about as much work a row; and rows to calibrate by."""
     settings, one = builder.settings, builder.space.dim == 1
+    most = (CALIBRATION_ROWS, len(held_out[1]) if held_out else 0) if one else ROWS_OF_SEVERAL
     if tried is None or not (settings.calibrate or settings.conformal):
-        return 0.0
+        return 0.0, most[0]
     count = CALIBRATED_TO_TIME if one else CALIBRATED_TO_TIME // 8
     x, y = tried[0][:count], tried[1][:count]
-    before = time.perf_counter()
     integrator = integrator_of(model)
     model = model.double() if one else model
-    if isinstance(model, EnergyEnsemble):
-        model.fit_weights(x, y, integrator=integrator)
-    Calibration.fit(model(x, integrator=integrator), torch.as_tensor(y))
-    each = (time.perf_counter() - before) / len(y)
-    most = (CALIBRATION_ROWS, len(held_out[1])) if one else ROWS_OF_SEVERAL
-    wanted = settings.calibrate, settings.conformal
-    rows = sum(min(len(held_out[1]), m) * w for m, w in zip(most, wanted, strict=True))
-    # A quarter of the budget at most: a first call may take many times as long as those after it.
-    return min(each * rows, (settings.time_budget or math.inf) / 4)
+    seconds = []
+    for rows in (slice(8), slice(None)):  # the first run pays for what is done once, too
+        before = time.perf_counter()
+        if isinstance(model, EnergyEnsemble):
+            model.fit_weights(x[rows], y[rows], integrator=integrator)
+        Calibration.fit(model(x[rows], integrator=integrator), torch.as_tensor(y[rows]))
+        seconds.append(time.perf_counter() - before)
+    each = max(seconds[-1], 1e-9) / len(y)
+    budget = settings.time_budget or math.inf
+    calibrated = max(min(len(held_out[1]), most[0], int(budget * CALIBRATION_FRACTION / each)), 32)
+    rows_of_scores = min(len(held_out[1]), most[1]) * settings.conformal
+    return min(each * (calibrated * settings.calibrate + rows_of_scores), budget / 4), calibrated
