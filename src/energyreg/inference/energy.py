@@ -19,8 +19,12 @@ from torch.distributions import Distribution
 
 from energyreg.densities.angles import periodic_flags
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
+from energyreg.inference.tables import Table, tabulate
 
 __all__ = ["Energy", "EnergyFunction", "ReferencedEnergy", "periodic_of"]
+
+FEWEST = 64
+"""Nodes a row from which on a table of the head is worth its price."""
 
 
 class Energy(Protocol):
@@ -147,6 +151,15 @@ class ReferencedEnergy(ABC):
     @abstractmethod
     def relative(self, u: Tensor) -> Tensor:
         """Return f - log p₀ at unit coordinates of the reference, (*S, B, D) or (*S, 1, D) to (*S, B)."""
+
+    def relative_at_own(self, u: Tensor, z: Tensor | None = None) -> Tensor:
+        """Return :meth:`relative` at many nodes of each row's own, (G, B, 1) to (G, B); it may interpolate.
+
+        Args:
+            u: Unit coordinates.
+            z: The same points in model space, where the caller knows them.
+        """
+        return self.relative(u)
 
     @abstractmethod
     def floats_per_point(self, shared: bool) -> int:
@@ -294,6 +307,23 @@ class EnergyFunction(ReferencedEnergy):
         z = self.reference.from_unit(u) if self.conditional else None
         v = self._coordinates(z) if z is not None and self._standardised else 2 * u - 1
         return self._log_relative_base(z, self._g(v))
+
+    def relative_at_own(self, u: Tensor, z: Tensor | None = None) -> Tensor:
+        """Return f - log p₀ at nodes of the rows' own, (G, B, 1) to (G, B), from a table of g where one is exact."""
+        table = None if torch.is_grad_enabled() or len(u) < FEWEST else self._table
+        if table is None:
+            return self.relative(u)
+        z = self.reference.from_unit(u) if z is None and self.conditional else z
+        v = self._coordinates(z) if z is not None and self._standardised else 2 * u - 1
+        return self._log_relative_base(z if self.conditional else None, table(v[..., 0]))
+
+    @cached_property
+    def _table(self) -> Table | None:
+        """g along v, for heads whose values at shared places cost next to nothing."""
+        cost = getattr(self.head, "floats_per_point", None)
+        if self.head is None or cost is None or len(self.periodic) > 1 or 8 * cost(True) > cost(False):
+            return None
+        return tabulate(self._g, self._buffer)
 
     def _log_relative_base(self, z: Tensor | None, g: Tensor) -> Tensor:
         return g if z is None else self._log_q(z) - self.reference.log_prob(z) + g

@@ -209,7 +209,9 @@ class AdaptiveQuadrature:
         # The square root of the density reaches further down a peak's flanks, where the rule errs most.
         flanks = (pooled * cells.widths).sqrt()
         guess = 0.45 * pooled / pooled.sum(0) + 0.35 * flanks / flanks.sum(0) + 0.1 / len(masses)
-        guess = guess + 0.1 * (self._proposal_masses(f, cells) if self._has_cdf(f) else pooled / pooled.sum(0))
+        # A narrow proposal between two nodes shows in its cdf alone; cells of the row's own have seen it.
+        unseen = self._has_cdf(f) and cells.edges.ndim == 1
+        guess = guess + 0.1 * (self._proposal_masses(f, cells) if unseen else pooled / pooled.sum(0))
         # Where nodes stand carries no gradient, also not the proposal's.
         source = Cells(cells.edges, cells.centres, guess.log().detach())
         levels = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=masses.device)
@@ -217,7 +219,7 @@ class AdaptiveQuadrature:
         edges, centres = u[::2].clone(), u[1::2]
         edges[0], edges[-1] = 0.0, 1.0
         log_widths = edges.diff(dim=0).clamp_min(1e-300).log()
-        values = f.relative(centres.to(dtype)[..., None])
+        values = f.relative_at_own(centres.to(dtype)[..., None])
         return Cells(edges, centres.to(dtype), values + log_widths.to(dtype), f.reference)
 
     @staticmethod
@@ -241,10 +243,10 @@ class AdaptiveQuadrature:
         with torch.no_grad():
             needed = ~(cells.log_partition_stderr <= self.tolerance) | (cells.masses.amax(0) > self.max_mass)
             if self._has_cdf(f):
-                suspect = self._coarse_for_proposal(f, cells).nonzero()[:, 0]
+                suspect = (~needed & self._coarse_for_proposal(f, cells)).nonzero()[:, 0]
                 if len(suspect):
                     heavy = self._proposal_masses(f, cells, suspect).amax(0) > self.max_mass
-                    needed = needed.index_put((suspect,), needed[suspect] | heavy)
+                    needed = needed.index_put((suspect,), heavy)
         return needed
 
     def _coarse_for_proposal(self, f: ReferencedEnergy, cells: Cells) -> Tensor:

@@ -323,12 +323,16 @@ def refine_cells(
     edges = cells.edges[:, None].repeat(1, f.batch_size)
     centres = cells.centres[:, None].repeat(1, f.batch_size)
     log_masses = cells.log_masses.clone()
-    floats = count * (f.floats_per_point(False) + 32)
+    # The head is looked up in a table where values at shared places cost next to nothing.
+    floats = count * (min(f.floats_per_point(False), f.floats_per_point(True) + 64) + 32)
     block = max(memory_budget // (4 * floats), 1)
     for step in range(integrator.max_refinements):
         still = []
         for index in pending.split(block):
-            before = Cells(edges[:, index], centres[:, index], log_masses[:, index])
+            before = (
+                replace(cells, log_masses=log_masses[:, index]) if step == 0
+                else Cells(edges[:, index], centres[:, index], log_masses[:, index])
+            )  # fmt: skip
             refined = integrator.own_cells(energy(index + first), before)
             after = refined.log_partition_stderr
             # The first cells may have missed a peak and agreed on that; later ones must do better to stay.

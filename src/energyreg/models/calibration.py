@@ -93,9 +93,19 @@ class CalibratedEnergy(ReferencedEnergy):
 
     def relative(self, u: Tensor) -> Tensor:
         """Return f - log p₀ at unit coordinates of the reference p₀, (*S, B, D) or (*S, 1, D) to (*S, B)."""
-        needed = self.inverse_temperature > 1
-        log_p0 = self.reference.log_prob(self.reference.from_unit(u)) if needed else torch.zeros_like(u[..., 0])
-        return self._calibrated(self.energy.relative(u), log_p0)
+        return self._calibrated(self.energy.relative(u), self._log_p0(u))
+
+    def relative_at_own(self, u: Tensor, z: Tensor | None = None) -> Tensor:
+        """As :meth:`relative`, at many nodes of each row's own."""
+        if z is None and (self.conditional or self.inverse_temperature > 1):
+            z = self.reference.from_unit(u)
+        return self._calibrated(self.energy.relative_at_own(u, z), self._log_p0(u, z))
+
+    def _log_p0(self, u: Tensor, z: Tensor | None = None) -> Tensor:
+        """Log-density of the reference, where the power asks for it."""
+        if self.inverse_temperature <= 1:
+            return torch.zeros_like(u[..., 0])
+        return self.reference.log_prob(self.reference.from_unit(u) if z is None else z)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return f(x, z) of shape (*S, B) for z in model space, shape (*S, B, D), or (*S, 1, D) shared by all rows."""

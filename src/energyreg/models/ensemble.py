@@ -306,6 +306,11 @@ class EnsembleEnergy(ReferencedEnergy):
         """Return f - log p₀ at unit coordinates of the reference p₀, (*S, B, D) or (*S, 1, D) to (*S, B)."""
         return self._mean([f.relative(u) for f in self.energies])
 
+    def relative_at_own(self, u: Tensor, z: Tensor | None = None) -> Tensor:
+        """As :meth:`relative`, at many nodes of each row's own; model values are looked up once for all members."""
+        z = self.reference.from_unit(u) if z is None and self.conditional else z
+        return self._mean([f.relative_at_own(u, z) for f in self.energies])
+
     def member_log_densities(self, z: Tensor) -> Tensor:
         """Log-densities of the members in model space, (*S, B, D) to (n, *S, B)."""
         return torch.stack([f(z) - log_z for f, log_z in zip(self.energies, self._log_partitions(), strict=True)])
