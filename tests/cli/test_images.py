@@ -288,7 +288,8 @@ def test_report_shows_images_beside_their_densities(page, model, frame):
     assert all(max(size) <= row_sections.THUMBNAIL for size in sizes) and (16, 20) in sizes
     regressor = er.ImageRegressor.load(model)
     interval = regressor.predict_interval(frame, 0.9)
-    width, score = interval[:, 1] - interval[:, 0], regressor.score_samples(frame, frame["age"])
+    width = (interval[:, 1] - interval[:, 0]) / regressor.predict(frame, "median")  # relative, as ages are positive
+    score = regressor.score_samples(frame, frame["age"])
 
     def shown(number):
         return f"{number:.4g}"

@@ -445,6 +445,16 @@ def test_resume_with_another_model_names_a_weight(tmp_path: Path) -> None:
         fit(model, checkpoint_dir=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(("field", "value"), [("histories", None), ("groups", 3), ("epoch", "two"), ("optimizer", [1])])
+def test_a_checkpoint_of_wrong_values_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    fit(make_model(), checkpoint_dir=tmp_path)
+    path = tmp_path / "last.safetensors"
+    tensors, state = checkpoint.load_training_state(path)
+    checkpoint.save_training_state(path, tensors, state | {field: value})
+    with pytest.raises(er.CheckpointError, match=r"last.safetensors.*cannot be read"):
+        fit(make_model(), checkpoint_dir=tmp_path, resume=True)
+
+
 def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     fit(make_model(), checkpoint_dir=tmp_path)
     path = tmp_path / "last.safetensors"

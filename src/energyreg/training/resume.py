@@ -6,11 +6,12 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from energyreg.checks import check_type
 from energyreg.models import checkpoint
 from energyreg.training.history import History
 
@@ -31,6 +32,20 @@ def conditions(training: Training) -> dict[str, Any]:
         "validation data": None if training.job.data.validation is None else training.job.data.validation.describe(),
         "training data": training.job.data.training.describe(),
     }
+
+
+class _State(TypedDict):
+    """What a checkpoint holds besides tensors."""
+
+    conditions: dict[str, Any]
+    epoch: int
+    finished: bool
+    first_losses: list[float | None]
+    histories: list[History]
+    optimizer: dict[str, dict[str, Any]]
+    groups: list[dict[str, Any]]
+    scheduler: dict[str, Any]
+    precision: dict[str, Any]
 
 
 def save(training: Training) -> None:
@@ -83,6 +98,7 @@ def resume(training: Training, path: Path) -> None:
 def _restore(training: Training, path: Path) -> None:
     """Set all that a checkpoint holds."""
     tensors, state = checkpoint.load_training_state(path)
+    check_type("state", state, _State, finite=False)
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     mine = {name: tuple(value.shape) for name, value in training.model.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in weights.items()}
