@@ -31,6 +31,7 @@ from energyreg.models.chain import EnergyChain
 from energyreg.models.conformal import ConformalIntervals, ConformalRegions
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.predictive import HighestDensityRegion, PredictiveDistribution
+from energyreg.modes import as_usual, with_gradients
 from energyreg.tables.blocks import Scratch, Source, encode, rows_to_learn_from
 from energyreg.tables.cells import ColumnWarning
 from energyreg.tables.preprocessing import TablePreprocessor
@@ -63,6 +64,7 @@ def undone_on_failure(fit: Callable[P, T]) -> Callable[P, T]:
     """A function that fits its first argument, or leaves it as it was where an error ends the fit."""
 
     @functools.wraps(fit)
+    @with_gradients
     def whole(*args: P.args, **kwargs: P.kwargs) -> T:
         attributes = vars(args[0])
         before = dict(attributes)
@@ -124,6 +126,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
     def _distribution(self, x: np.ndarray) -> PredictiveDistribution:
         return self.calibration_(self.model_(x, integrator=integrator_of(self.model_)))
 
+    @as_usual
     def predict_distribution(self, X: Any) -> PredictiveDistribution:
         """The predictive distribution p(y|x), in the units of y; for counts and rounded values the continuous one.
 
@@ -150,6 +153,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         """Values of several outputs (*S, D), where single precision has rounded the ends of the space."""
         return snap(self.model_.space, torch.from_numpy(values)).numpy()
 
+    @as_usual
     def predict(self, X: Any, kind: str = "mean") -> np.ndarray:
         """One number per row and output.
 
@@ -170,6 +174,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         values = self.target_.clip(values) if kind == "mean" else self.target_.round(values)
         return values[:, 0] if self.n_outputs_ == 1 else values
 
+    @as_usual
     def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
         """Equal-tailed interval of each row, and of each output by itself.
 
@@ -194,6 +199,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
             found = self._by_blocks(X, lambda p: p.interval(level))
         return self.target_.round(found if self.n_outputs_ == 1 else self._snapped(found.swapaxes(1, 2)).swapaxes(1, 2))
 
+    @as_usual
     def predict_quantiles(self, X: Any, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> np.ndarray:
         """Quantiles of each row, and of each output by itself.
 
@@ -214,6 +220,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
             return self._snapped(self._by_blocks(X, lambda p: p.central_quantiles(levels).transpose(0, 1)))
         return self.target_.round(self._by_blocks(X, lambda p: p.quantile(torch.tensor(levels, dtype=torch.double)).T))
 
+    @as_usual
     def predict_highest_density_region(self, X: Any, level: float = 0.9) -> HighestDensityRegion:
         """The smallest region of each row with this probability; for one output a union of intervals.
 
@@ -233,6 +240,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
                 return self.conformal_regions_(x, level)
             return self._distribution(x).highest_density_region(level)
 
+    @as_usual
     def sample(self, X: Any, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
         """Draw from p(y|x).
 
@@ -257,6 +265,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         draws = self._by_blocks(X, lambda p: p.sample((int(n_samples),), generator=generator).transpose(0, 1))
         return self.target_.round(draws[..., 0] if self.n_outputs_ == 1 else draws)
 
+    @as_usual
     def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
         """Log-density of each target, in nats and the units of y.
 
@@ -287,6 +296,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
                 parts.append(self.log_density(p, targets[rows]))
         return np.concatenate(parts)
 
+    @as_usual
     def log_density(self, p: PredictiveDistribution, targets: np.ndarray) -> np.ndarray:
         """Log-densities as :meth:`score_samples` counts them, by a distribution that is there already.
 
@@ -328,6 +338,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
             result = np.where(small, total - (0.0 if edge is None else np.log(1 - below)), result)
         return result
 
+    @as_usual
     def predict_probabilities(self, X: Any, values: Any) -> np.ndarray:
         """Probabilities of the values that counts or rounded targets can take.
 
@@ -386,6 +397,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
 
     # Files -----------------------------------------------------------------------------------------------------------
 
+    @as_usual
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the fitted estimator to one safetensors file, without pickle; it appears whole or not at all.
 
@@ -406,6 +418,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         return checkpoint.save_estimator(copy.deepcopy(self.model_).float(), self.state(), path)
 
     @classmethod
+    @as_usual
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read an estimator that :meth:`save` wrote; its predictions are those of the saved one.
 

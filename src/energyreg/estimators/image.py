@@ -23,6 +23,7 @@ from energyreg.images.features import extract_features, file_key
 from energyreg.images.files import ImageFiles, explain_memory, image_loader
 from energyreg.models import checkpoint
 from energyreg.models.model import EnergyRegressionModel
+from energyreg.modes import with_gradients
 from energyreg.networks.encoders import VectorEncoder
 from energyreg.networks.image_encoders import ImageEncoder
 from energyreg.randomness import RandomSource
@@ -179,6 +180,7 @@ class ImageRegressor(DensityRegressor):
     # Fit -------------------------------------------------------------------------------------------------------------
 
     @undone_on_failure
+    @with_gradients
     def fit(self, X: Any, y: Any, sample_weight: Any = None, eval_set: Any = None) -> ImageRegressor:
         """Learn p(y|x) from images.
 
@@ -228,6 +230,7 @@ class ImageRegressor(DensityRegressor):
         fit_rows(self, settings, MemoryTable(x[read], "X"), rows, x_held, time.perf_counter(), _of_features)
         return self
 
+    @with_gradients
     def fit_file(
         self,
         path: str | os.PathLike[str],

@@ -16,6 +16,7 @@ from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows
 from energyreg.estimators.learning import FEWEST_TO_SPLIT, check_weights, prepare
 from energyreg.estimators.settings import Settings
 from energyreg.estimators.splits import notice_order, order_of
+from energyreg.modes import with_gradients
 from energyreg.tables.blocks import FileTable, MemoryTable, Source
 from energyreg.tables.columns import read_columns
 from energyreg.tables.files import TableFileError, error_about
@@ -182,6 +183,7 @@ class EnergyRegressor(DensityRegressor):
 
     # Fit -------------------------------------------------------------------------------------------------------------
 
+    @with_gradients
     def fit(
         self,
         X: Any,
@@ -218,6 +220,7 @@ class EnergyRegressor(DensityRegressor):
         weights = check_weights(sample_weight, source.rows)
         return self._fit_source(settings, source, targets, weights, eval_set, started, groups, time)
 
+    @with_gradients
     def fit_file(
         self,
         path: str | os.PathLike[str],

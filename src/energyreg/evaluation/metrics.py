@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from energyreg.modes import as_usual
+
 if TYPE_CHECKING:
     from energyreg.models.predictive import PredictiveDistribution
 
@@ -47,6 +49,7 @@ __all__ = [
 _BUDGET = 2**22
 
 
+@as_usual
 def negative_log_likelihood(p: PredictiveDistribution, y: Any) -> float:
     """Mean of −log p(y|x), in nats and user units.
 
@@ -58,6 +61,7 @@ def negative_log_likelihood(p: PredictiveDistribution, y: Any) -> float:
     return float(-p.log_prob(targets).double().mean())
 
 
+@as_usual
 def crps(p: PredictiveDistribution, y: Any, *, num_quantiles: int = 256) -> float:
     r"""Mean continuous ranked probability score, in the unit of y (D = 1).
 
@@ -97,6 +101,7 @@ def crps(p: PredictiveDistribution, y: Any, *, num_quantiles: int = 256) -> floa
     return total / num_quantiles
 
 
+@as_usual
 def energy_score(p: PredictiveDistribution, y: Any, *, num_samples: int = 256, seed: int = 0) -> float:
     r"""Mean energy score, the CRPS of several dimensions, in the unit of y.
 
@@ -136,6 +141,7 @@ def energy_score(p: PredictiveDistribution, y: Any, *, num_samples: int = 256, s
     return total / obs.shape[0]
 
 
+@as_usual
 def pit(p: PredictiveDistribution, y: Any) -> Tensor:
     """Probability integral transform F(y|x): the predicted probability of a target up to the observed one (D = 1).
 
@@ -151,6 +157,7 @@ def pit(p: PredictiveDistribution, y: Any) -> Tensor:
     return p.cdf(targets).double().clamp(0.0, 1.0)
 
 
+@as_usual
 def kolmogorov_smirnov(p: PredictiveDistribution, y: Any) -> float:
     """Largest distance between the distribution of the PIT values and the uniform one, in [0, 1] (D = 1).
 
@@ -159,6 +166,7 @@ def kolmogorov_smirnov(p: PredictiveDistribution, y: Any) -> float:
     return _kolmogorov_smirnov(pit(p, y))
 
 
+@as_usual
 def calibration_error(p: PredictiveDistribution, y: Any) -> float:
     r"""Mean gap between nominal and empirical probability, over all quantile levels, in [0, 1/2] (D = 1).
 
@@ -170,6 +178,7 @@ def calibration_error(p: PredictiveDistribution, y: Any) -> float:
     return _calibration_error(pit(p, y))
 
 
+@as_usual
 def coverage(p: PredictiveDistribution, y: Any, level: float = 0.9) -> float:
     """Fraction of targets inside the predicted region of probability `level`.
 
@@ -186,6 +195,7 @@ def coverage(p: PredictiveDistribution, y: Any, level: float = 0.9) -> float:
     return float(p.highest_density_region(level).contains(targets).double().mean())
 
 
+@as_usual
 def interval_width(p: PredictiveDistribution, level: float = 0.9) -> float:
     """Mean width of the equal-tailed interval of probability `level`, in the unit of y (D = 1).
 
@@ -200,6 +210,7 @@ def interval_width(p: PredictiveDistribution, level: float = 0.9) -> float:
     return float(_interval(p, _level(level)).diff(dim=1).mean())
 
 
+@as_usual
 def evaluate(p: PredictiveDistribution, y: Any, level: float = 0.9) -> dict[str, float]:
     """All scores that suit the number of target dimensions.
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from energyreg.densities.angles import wrap_angles
 from energyreg.inference.energy import AnyEnergy, periodic_of
+from energyreg.modes import as_usual
 
 __all__ = ["refine"]
 
 
+@as_usual
 def refine(
     function: AnyEnergy,
     start: Tensor,
@@ -55,6 +57,7 @@ def refine(
     )[0]
 
 
+@as_usual
 def refine_with_values(
     function: AnyEnergy,
     start: Tensor,
@@ -71,7 +74,7 @@ def refine_with_values(
         raise ValueError(f"step_size is {step_size}; expected numbers > 0.")
     if not 0 < decay < 1:
         raise ValueError(f"decay is {decay}; expected a number in (0, 1).")
-    y = start.detach()
+    y = start.detach().clone()  # of a tensor made in inference mode, too
     step = _as_step(step_size, y)
     wrap = _wrapper(y, periodic_of(function, y.shape[-1], periodic))
 

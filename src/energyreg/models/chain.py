@@ -28,6 +28,7 @@ from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.models.predictive import PredictiveDistribution
 from energyreg.models.table_defaults import as_array, table_encoder, table_width
+from energyreg.modes import as_usual
 
 __all__ = ["AncestralSampling", "ChainDistribution", "ChainEncoder", "EnergyChain"]
 
@@ -262,6 +263,7 @@ class EnergyChain(nn.Module):
         z = self.space.to_model(y)[:, self.order[:position]].to(x)
         return torch.cat([self.previous_features(z), x], 1)
 
+    @as_usual
     def forward(
         self,
         x: Any,

@@ -37,6 +37,7 @@ from energyreg.files import CheckpointError, read_tensors, version, with_suffix,
 from energyreg.models.chain import ChainEncoder, EnergyChain
 from energyreg.models.ensemble import EnergyEnsemble, disagreement
 from energyreg.models.model import EnergyRegressionModel
+from energyreg.modes import as_usual, make_trainable
 from energyreg.networks import encoders, heads, image_encoders, proposals
 from energyreg.randomness import RandomSource
 
@@ -80,6 +81,7 @@ TOO_LARGE = "its description is of a far larger model than the file has tensors 
 MODEL_PLACE = re.compile(r"model(\.factors\[\d+\])?(\.members\[\d+\])?")
 
 
+@as_usual
 def save(model: Model, path: str | os.PathLike[str]) -> Path:
     """Write a model, an ensemble with all its members, or a chain with all its factors, to one safetensors file.
 
@@ -112,6 +114,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+@as_usual
 def load(
     path: str | os.PathLike[str],
     *,
@@ -189,6 +192,7 @@ def _build(description: str, tensors: dict[str, Tensor], parts: Mapping[str, nn.
     return model
 
 
+@as_usual
 def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write a model together with what an estimator knows besides, with the guards of :func:`save`.
 
@@ -220,6 +224,7 @@ def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLi
     return path
 
 
+@as_usual
 def load_estimator(
     path: str | os.PathLike[str], parts: Mapping[str, nn.Module] | None = None
 ) -> tuple[Model, dict[str, Any]]:
@@ -594,6 +599,7 @@ def _kind(tensor: Tensor) -> str:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the tensors, with their dtypes."""
+    make_trainable(model)  # parts of the caller's, made in inference mode
     _compare(model, tensors)
     state = model.state_dict()
     tensors = {name: state[name] for name in _newer_buffers(model) - set(tensors)} | tensors

@@ -26,6 +26,7 @@ from energyreg.inference.energy import ReferencedEnergy
 from energyreg.inference.row_blocks import RowBlock, Rows
 from energyreg.models.model import EnergyRegressionModel
 from energyreg.models.predictive import Integrator, PredictiveDistribution
+from energyreg.modes import as_usual
 
 __all__ = ["EnergyEnsemble", "EnsembleDistribution", "Uncertainty"]
 
@@ -122,6 +123,7 @@ class EnergyEnsemble(nn.Module):
         """Targets of shape (N, D); see :meth:`energyreg.models.model.EnergyRegressionModel.check_targets`."""
         return self._first.check_targets(y)
 
+    @as_usual
     def forward(
         self, x: Any, *, integrator: Integrator | None = None, seed: int = 0, memory_budget: int = 256 * 2**20
     ) -> EnsembleDistribution:

@@ -19,6 +19,7 @@ from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampli
 from energyreg.inference.row_blocks import KEPT_FRACTION, Rows
 from energyreg.models.predictive import Integrator, PredictiveDistribution
 from energyreg.models.table_defaults import FEW_ROWS, as_array, table_encoder, table_width
+from energyreg.modes import as_usual
 from energyreg.networks.encoders import TwinEncoder
 from energyreg.networks.heads import JointHead, SeparableHead
 from energyreg.networks.proposals import MixtureDensityNetwork
@@ -384,6 +385,7 @@ class EnergyRegressionModel(nn.Module):
             return StratifiedQuadrature(num_nodes=128**2, jitter=False, graded=True)
         return ImportanceSampling(num_samples=4096)
 
+    @as_usual
     def forward(
         self, x: Any, *, integrator: Integrator | None = None, seed: int = 0, memory_budget: int = 256 * 2**20
     ) -> PredictiveDistribution:

@@ -21,6 +21,7 @@ from energyreg.inference.modes import Modes, find_modes, highest, refine_in_user
 from energyreg.inference.nodes import Nodes
 from energyreg.inference.regions import intervals, threshold_at_level
 from energyreg.inference.row_blocks import KEPT_FRACTION, NodeCache, RowBlock, Rows, refine_cells
+from energyreg.modes import as_usual
 
 __all__ = ["KEPT_FRACTION", "Diagnostics", "HighestDensityRegion", "Modes", "PredictiveDistribution", "Rows"]
 
@@ -218,6 +219,7 @@ class PredictiveDistribution(Distribution):
         sampler = ImportanceSampling(self.integrator.num_samples, self.integrator.stratified, quasi_random=shared)
         return sampler(f, f.q, generator=generator)
 
+    @as_usual
     def gather(self, function: Callable[[RowBlock], Tensor], dim: int = 0) -> Tensor:
         """Apply a function to each block and join the results along their row dimension; without gradient."""
         with torch.no_grad():
@@ -226,6 +228,7 @@ class PredictiveDistribution(Distribution):
 
     # Input -----------------------------------------------------------------------------------------------------------
 
+    @as_usual
     def as_targets(self, y: Any, name: str = "y") -> Tensor:
         """Targets as a tensor of shape (*S, B, D) on this distribution's device.
 
@@ -322,6 +325,7 @@ class PredictiveDistribution(Distribution):
         flat = y.reshape(-1, self.num_rows)
         return self.gather(lambda block: block.cdf(flat[:, block.rows]), -1).reshape(y.shape).to(self.dtype)
 
+    @as_usual
     def icdf(self, value: Any) -> Tensor:
         """Inverse of `cdf` for D = 1.
 
@@ -342,6 +346,7 @@ class PredictiveDistribution(Distribution):
         flat = level.reshape(-1, self.num_rows)
         return self._in_user_units(self.gather(lambda block: block.icdf(flat[:, block.rows]), -1).reshape(level.shape))
 
+    @as_usual
     def quantile(self, level: Any) -> Tensor:
         """Quantiles for D = 1.
 
@@ -409,6 +414,7 @@ class PredictiveDistribution(Distribution):
         probabilities = torch.tensor(levels, dtype=torch.double, device=self.device)
         return self._in_user_units(self.gather(lambda block: block.central_quantiles(probabilities), 1))
 
+    @as_usual
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
         """Draw samples in user units.
 
@@ -504,6 +510,7 @@ class PredictiveDistribution(Distribution):
         """Highest mode of the density in user units, shape (B, D): the best point, refined on f; see `modes`."""
         return self._in_user_units(self.gather(highest))
 
+    @as_usual
     def modes(
         self,
         *,

@@ -13,6 +13,7 @@ from energyreg.checks import check_count
 from energyreg.models.chain import EnergyChain
 from energyreg.models.ensemble import EnergyEnsemble
 from energyreg.models.model import EnergyRegressionModel
+from energyreg.modes import with_gradients
 from energyreg.training.data import checked_weights, split
 from energyreg.training.ensembles import built, fit_ensemble, time_left
 from energyreg.training.fitting import fit
@@ -22,6 +23,7 @@ from energyreg.training.settings import TrainingSettings
 __all__ = ["fit_chain"]
 
 
+@with_gradients
 def fit_chain(
     build: Callable[[], EnergyChain],
     x: Any,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from energyreg.checks import check_count
 from energyreg.models.ensemble import EnergyEnsemble, disagreement
 from energyreg.models.model import EnergyRegressionModel
+from energyreg.modes import make_trainable, with_gradients
 from energyreg.networks.encoders import QuantileNormalizer
 from energyreg.randomness import RandomSource
 from energyreg.training.data import Examples, Rows, TrainingData
@@ -37,6 +38,7 @@ __all__ = ["fit_ensemble"]
 Build = Callable[[], EnergyRegressionModel]
 
 
+@with_gradients
 def fit_ensemble(
     build: Build | Sequence[EnergyRegressionModel],
     x: Any,
@@ -132,6 +134,8 @@ def fit_ensemble(
         progress=progress, accelerator=accelerator, devices=devices, precision=precision, strategy=strategy,
     )  # fmt: skip
     members = _build(build, n_members, settings.seed)
+    for member in members:
+        make_trainable(member)
     # Preprocessing that is there serves the members that have none.
     first = next((member for member in members if member.fitted), members[0])
     data = ready(first, Examples(x, y, sample_weight, validation), settings, len(members))

@@ -19,6 +19,7 @@ from torch import nn
 
 from energyreg import files
 from energyreg.models import checkpoint
+from energyreg.modes import make_trainable, with_gradients
 from energyreg.randomness import RandomSource, mix
 from energyreg.training.data import Examples, TrainingData, prepare
 from energyreg.training.devices import device_of, make_fabric, quiet_fabric
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["fit"]
 
 
+@with_gradients
 def fit(
     model: Trainable,
     x: Any,
@@ -159,6 +161,7 @@ def ready(model: Trainable, examples: Examples, settings: TrainingSettings, num_
         OSError: If there is no room for checkpoints.
     """
     check_trainable(model)
+    make_trainable(cast(nn.Module, model))
     make_fabric(*device_of(model, settings), settings)  # wrong arguments should fail before the data are read
     with RandomSource(mix(settings.seed, SUBSET)).everywhere(), quiet_fabric():
         data = prepare(model, examples, settings.batch_size, settings.seed)

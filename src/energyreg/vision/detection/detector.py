@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from energyreg.modes import as_usual
 from energyreg.objectives import NCE, Loss
 from energyreg.objectives.contract import as_loss
 from energyreg.vision.boxes.batch import BoxBatch, BoxCollate, check_image
@@ -215,6 +216,7 @@ class EnergyDetector(nn.Module):
 
     # Prediction -------------------------------------------------------------------------------------------------------
 
+    @as_usual
     def forward(
         self,
         images: Any,
@@ -248,6 +250,7 @@ class EnergyDetector(nn.Module):
         return {"loss_energy": loss.mean() - weighted, "loss_detector": weighted}
 
     @torch.no_grad()
+    @as_usual
     def detect(
         self, images: Sequence[Tensor], inference: Inference | None = None, *, seed: int = 0
     ) -> list[dict[str, Tensor]]:
