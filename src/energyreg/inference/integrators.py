@@ -209,9 +209,7 @@ class AdaptiveQuadrature:
         # The square root of the density reaches further down a peak's flanks, where the rule errs most.
         flanks = (pooled * cells.widths).sqrt()
         guess = 0.45 * pooled / pooled.sum(0) + 0.35 * flanks / flanks.sum(0) + 0.1 / len(masses)
-        # A narrow proposal between two nodes shows in its cdf alone; cells of the row's own have seen it.
-        unseen = self._has_cdf(f) and cells.edges.ndim == 1
-        guess = guess + 0.1 * (self._proposal_masses(f, cells) if unseen else pooled / pooled.sum(0))
+        guess = guess + 0.1 * (self._proposal_masses(f, cells) if self._has_cdf(f) else pooled / pooled.sum(0))
         # Where nodes stand carries no gradient, also not the proposal's.
         source = Cells(cells.edges, cells.centres, guess.log().detach())
         levels = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=masses.device)
