@@ -25,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "digest",
     "fingerprint",
+    "read_metadata",
     "read_tensors",
     "reserve",
     "version",
@@ -41,6 +42,12 @@ TRAINING_STATE = "energyreg-training-state"
 ESTIMATOR = "energyreg-estimator"
 BOX_HEAD = "energyreg-box-head"
 FORMAT_VERSION = "1"
+TORCH_NAMES = {
+    "F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16",
+    "I64": "torch.int64", "I32": "torch.int32", "I16": "torch.int16", "I8": "torch.int8", "U8": "torch.uint8",
+    "BOOL": "torch.bool",
+}  # fmt: skip
+"""Types of numbers as safetensors and as torch call them."""
 
 
 class CheckpointError(ValueError):
@@ -194,6 +201,38 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
             "was written; copy it again, or save the model again."
         )
     return tensors, metadata
+
+
+def read_metadata(path: Path, kind: str) -> dict[str, str] | None:
+    """The metadata of a file that :func:`write_tensors` wrote, after its checksum; without torch.
+
+    Args:
+        path: The file.
+        kind: As in :func:`read_tensors`.
+
+    Returns:
+        Strings by name; None where something is wrong with the file, of which :func:`read_tensors` says what.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read.
+    """
+    content = memoryview(_read_file(path))
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(bytes(content[8:start]))
+        metadata: dict[str, str] = header.pop("__metadata__")
+        if metadata["format"] != kind or metadata["format_version"] != FORMAT_VERSION:
+            return None
+        found = hashlib.sha256()
+        found.update(json.dumps({key: metadata[key] for key in sorted(metadata) if key != "sha256"}).encode())
+        for name in sorted(header):
+            low, high = header[name]["data_offsets"]
+            found.update(json.dumps([name, TORCH_NAMES[header[name]["dtype"]], header[name]["shape"]]).encode())
+            found.update(content[start + low : start + high])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return metadata if found.hexdigest() == metadata.get("sha256") else None
 
 
 def _read_file(path: Path) -> bytes:

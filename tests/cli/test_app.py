@@ -140,6 +140,17 @@ def test_samples_are_long_and_repeatable(model, data, tmp_path):
     assert a["name"].tolist()[6:8] == ["00000", "00001"] and a["row"].tolist()[6:8] == [1, 2]
 
 
+def test_info_tells_at_once_what_the_model_itself_says(model, monkeypatch):
+    """Without torch, from what `fit` has written; the slow way says the same."""
+    quick = succeed("info", model, "--json").stdout
+    code = "import sys; from energyreg.__main__ import main; sys.argv[1:] = ['info', sys.argv[1]]; main()"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    child = subprocess.run([sys.executable, "-c", code, str(model)], env=ENVIRONMENT, text=True, capture_output=True)
+    assert child.stdout.splitlines()[-1] == "False" and "rmsd" in child.stdout
+    monkeypatch.setattr("energyreg.files.read_metadata", lambda *_: None)
+    assert succeed("info", model, "--json").stdout == quick
+
+
 def test_info_tells_what_a_model_is(model):
     told = json.loads(succeed("info", model, "--json").stdout)
     assert told["targets"] == ["rmsd"] and told["rows"] == 160 and told["version"] == er.__version__

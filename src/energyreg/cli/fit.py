@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -15,8 +16,9 @@ import typer
 
 from energyreg import __version__
 from energyreg.cli.console import INTERRUPTED, InputError, check_writable, print_json, stop
+from energyreg.cli.info import describe
 from energyreg.cli.inputs import about, about_images, image_files, in_words, local, present, target_columns
-from energyreg.cli.model_file import about_training, save, use_threads
+from energyreg.cli.model_file import Fitted, FittedOnImages, about_training, save, use_threads
 from energyreg.cli.options import Data, Json, Quiet, Seed, Strict, Threads
 
 if TYPE_CHECKING:
@@ -185,7 +187,9 @@ def fit(
         "version": __version__, "interrupted": interrupted, "seed": seed,
         "missing": missing, "notes": [in_words(note) for note in said.values()],
     }  # fmt: skip
-    path = save(regressor, output, facts)
+    kind = Fitted if image is None else FittedOnImages
+    about_model = json.dumps(describe(kind(regressor, output, facts)), default=repr)  # which `info` reads at once
+    path = save(regressor, output, facts | {"about": about_model})
     nll = history.best_validation_nll
     if as_json:
         print_json({"model": str(path), **facts, "validation_nll": nll} | about_training(regressor))

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import typer
 
+from energyreg import files
 from energyreg.cli.console import print_json
-from energyreg.cli.model_file import about_training, load
+from energyreg.cli.model_file import Fitted, about_training, load
 from energyreg.cli.options import Json, Model
+from energyreg.files import with_suffix
 
-__all__ = ["info"]
+__all__ = ["describe", "info"]
 
 
-def info(model: Model, as_json: Json = False) -> None:
-    """Tell what a model file holds."""
-    fitted = load(model)
-    from energyreg.files import with_suffix
-
+def describe(fitted: Fitted) -> dict[str, Any]:
+    """What there is to tell of a fitted estimator, as plain data."""
     regressor, facts = fitted.regressor, fitted.facts
     kinds = fitted.kinds
     history = regressor.history_
-    about = {
-        "model": str(with_suffix(model)),
+    return {
         "targets": facts.get("targets"),
         "target_kind": regressor.target if isinstance(regressor.target, (str, list, tuple)) else repr(regressor.target),
         "columns": {name: fitted.shown_kind or kinds[name] for name in fitted.columns or []}
@@ -41,6 +43,11 @@ def info(model: Model, as_json: Json = False) -> None:
         "parameters": sum(parameter.numel() for parameter in regressor.model_.parameters()),
         "version": facts.get("version"),
     }  # fmt: skip
+
+
+def info(model: Model, as_json: Json = False) -> None:
+    """Tell what a model file holds."""
+    about = {"model": str(with_suffix(model)), **(_stored(model) or describe(load(model)))}
     if as_json:
         print_json(about)
         return
@@ -56,3 +63,14 @@ def info(model: Model, as_json: Json = False) -> None:
             else value
         )
         typer.echo(f"{name.replace('_', ' '):{width}}  {shown}")
+
+
+def _stored(model: Path) -> dict[str, Any] | None:
+    """What `fit` has written of the model into its file, which is read without torch; None where it has not."""
+    if not with_suffix(model).exists():
+        return None
+    metadata = files.read_metadata(with_suffix(model), files.ESTIMATOR)
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        about = json.loads(json.loads((metadata or {})["state"])["dict"]["table"]["dict"]["about"])
+        return about if isinstance(about, dict) else None
+    return None
