@@ -130,6 +130,8 @@ class LinearGaussian:
         # As generalised cross-validation has it: with what the error of the line adds on new rows.
         covariance = (w[:, None] * residual).T @ residual * count / (count - min(used, count / 2)) ** 2
         covariance += np.diag(np.maximum(1e-12 * z.var(0), 1e-30))
+        if len(covariance) > 1:  # positive with the digits that a file keeps, even where outputs are one line
+            covariance += np.diag(1e-7 * np.diag(covariance))
         return cls(found.cardinalities, found.circles, full, offset, _short(covariance), ends, count)
 
     def location(self, x: Any) -> Array:
@@ -182,7 +184,8 @@ class LinearGaussian:
                 raise ValueError(
                     f"{name} of the linear baseline has shape {arrays[name].shape}; expected {shape}, all finite."
                 )
-        if np.linalg.eigvalsh(arrays["covariance"]).min() <= 0:
+        scale = np.sqrt(np.diag(arrays["covariance"]).clip(1e-300))
+        if np.linalg.eigvalsh(arrays["covariance"] / np.outer(scale, scale)).min() <= 0:
             raise ValueError("covariance of the linear baseline is not positive definite.")
         return cls(sizes, circles, **arrays, rows=state["rows"])
 
@@ -205,7 +208,7 @@ def _ridge(gram: Array, cross: Array, total: Array, count: int) -> tuple[Array, 
 
     The penalty of each column of targets minimises the generalised cross-validation (Golub, Heath and Wahba, 1979).
     """
-    if not len(gram):
+    if not np.trace(gram) > 1e-200:  # no column, or none that varies
         return np.zeros_like(cross), 1.0
     values, vectors = np.linalg.eigh(gram)
     values = values.clip(0)

@@ -221,6 +221,11 @@ class TrainingData:
     units: tuple[Tensor | None, Tensor] | None
     batch_size: int
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether there are tensors, and no DataLoader."""
+        return not isinstance(self.training, Loader) and not isinstance(self.validation, Loader)
+
     def check_processes(self, world_size: int) -> None:
         """Refuse data that so many processes cannot share."""
         data = self.training

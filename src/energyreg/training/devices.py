@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
 
 from energyreg.training.settings import TrainingSettings
 from energyreg.training.trainable import Trainable
@@ -25,8 +29,65 @@ def device_of(model: Trainable, settings: TrainingSettings) -> tuple[Any, Any]:
     return device.type, [device.index] if index_matters else devices
 
 
+class OneProcessor:
+    """What a training asks of Fabric where it runs in this process, on the processor, in full precision.
+
+    There is nothing to distribute, move or cast then, and Fabric's import takes more memory than many trainings: it
+    brings torchmetrics and whatever that finds installed.
+    """
+
+    device = torch.device("cpu")
+    world_size = 1
+    global_rank = 0
+    is_global_zero = True
+
+    def to_device(self, value: Any) -> Any:
+        """A module or tensor on the processor."""
+        return value.to(self.device)
+
+    def setup(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Both as they are."""
+        return module, optimizer
+
+    def broadcast(self, value: Any) -> Any:
+        """The value, which no other process needs."""
+        return value
+
+    def launch(self, function: Callable[[Any], Any]) -> Any:
+        """Call the function here."""
+        return function(self)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss."""
+        loss.backward()
+
+    def clip_gradients(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        """Limit the norm of all gradients, and return what it was."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, max_norm=max_norm, error_if_nonfinite=error_if_nonfinite)
+
+
+def needs_fabric(accelerator: Any, devices: Any, settings: TrainingSettings) -> bool:
+    """Whether a training on tensors in memory asks more than `OneProcessor` has."""
+    plain = accelerator == "cpu" and settings.precision == "32-true" and settings.strategy == "auto"
+    launched = any(name.startswith("LT_") for name in os.environ)  # by Fabric's command, which sets these
+    return not plain or launched or isinstance(devices, bool) or devices not in (1, "1")
+
+
+def scaler_state(fabric: Any) -> dict[str, Any]:
+    """State of the loss scale of a training in half precision, empty for any other."""
+    return {} if isinstance(fabric, OneProcessor) else fabric.strategy.precision.state_dict()
+
+
 def make_fabric(
-    accelerator: Any, devices: Any, settings: TrainingSettings, find_unused_parameters: bool | None = None
+    accelerator: Any,
+    devices: Any,
+    settings: TrainingSettings,
+    find_unused_parameters: bool | None = None,
+    *,
+    in_memory: bool = True,
 ) -> Fabric:
     """Fabric for an accelerator and devices.
 
@@ -35,10 +96,13 @@ def make_fabric(
         devices: As in `fit`.
         settings: Precision and strategy.
         find_unused_parameters: For a DDP strategy given by its name; None where it does not matter yet.
+        in_memory: Whether the data are tensors, and no DataLoader, which Fabric prepares.
 
     Raises:
         ValueError: If one of them cannot be used.
     """
+    if in_memory and not needs_fabric(accelerator, devices, settings):
+        return cast("Fabric", OneProcessor())
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
 

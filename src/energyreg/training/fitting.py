@@ -201,7 +201,7 @@ def train(
     source = RandomSource(mix(settings.seed, SUBSET))
     with source.in_use(), quiet_fabric(), tempfile.TemporaryDirectory(prefix="energyreg-") as scratch:
         place = device_of(model, settings)
-        fabric = make_fabric(*place, settings)
+        fabric = make_fabric(*place, settings, in_memory=data.in_memory)
         if fabric.world_size > 1:
             data.check_processes(fabric.world_size)
             with source.everywhere():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from energyreg.checks import check_type
 from energyreg.models import checkpoint
+from energyreg.training.devices import scaler_state
 from energyreg.training.history import History
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def save(training: Training) -> None:
         "optimizer": plain,
         "groups": optimizer["param_groups"],
         "scheduler": training.scheduler.state_dict(),
-        "precision": training.fabric.strategy.precision.state_dict(),
+        "precision": scaler_state(training.fabric),
     }
     try:
         checkpoint.save_training_state(training.job.folder / LAST, tensors, state)
@@ -136,7 +137,8 @@ def _restore(training: Training, path: Path) -> None:
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     training.scheduler.load_state_dict(state["scheduler"])
-    training.fabric.strategy.precision.load_state_dict(state["precision"])
+    if state["precision"]:
+        training.fabric.strategy.precision.load_state_dict(state["precision"])
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -1,0 +1,45 @@
+"""Whatever the table: a fit ends in finite figures and a proper density, or in an error that names its cause."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.fuzz.cases import TARGETS, Case, cases
+from tests.fuzz.laws import check
+
+RUN = settings(database=None, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
+FAST = settings(RUN, max_examples=300 // len(TARGETS), derandomize=True)
+SLOW = settings(RUN, max_examples=5_000 // len(TARGETS))
+
+
+def _fuzz(target: str, how: settings) -> None:
+    how(given(cases(target))(check))()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_fit_ends_in_finite_figures_or_an_error_with_its_cause(target: str) -> None:
+    _fuzz(target, FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_fit_of_many_ends_in_finite_figures_or_an_error_with_its_cause(target: str) -> None:
+    _fuzz(target, SLOW)
+
+
+# fmt: off
+FOUND = [
+    # The linear baseline divided by the variance of columns that do not vary.
+    Case(rows=5, columns=("all missing",), shape="two values", exponent=3, container="numpy", seed=44251),
+    # The covariance of the linear baseline was singular in the digits of a file, which then could not be read.
+    Case(target="several", rows=30, columns=("wild", "float32", "missing"), shape="two values", exponent=-6,
+         container="polars", outputs="joint", weighted=True, seed=12255),
+    # The cdf left out what the link of a bounded space cannot represent at its ends.
+    Case(target="interval", rows=9, exponent=12, offset=-30, at_ends=True, n_members=2, weighted=True),
+]
+# fmt: on
+"""Faults that it has found, each the smallest case of its kind."""
+
+
+@pytest.mark.parametrize("case", FOUND, ids=str)
+def test_what_it_has_found_stays_mended(case: Case) -> None:
+    check(case)
