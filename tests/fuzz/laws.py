@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,19 @@ def check(case: Case) -> None:
             return
         with tempfile.TemporaryDirectory() as folder:
             loaded = EnergyRegressor.load(regressor.save(Path(folder) / "model"))
-        check_predictions(regressor, table[:FEW], y)
-        check_predictions(loaded, others, y)
-        np.testing.assert_allclose(loaded.predict(table), regressor.predict(table), rtol=1e-5, atol=1e-5 * _spread(y))
-        scores = evaluate(regressor, [(table, y)])
+        few = table[:FEW]
+        check_predictions(regressor, few, y)
+        if regressor.n_outputs_ == 1:
+            check_density(regressor.predict_distribution(table[:1]), regressor)
+        try:
+            with refusals():
+                loaded.encode(others)
+        except Refused:
+            pass
+        else:
+            check_predictions(loaded, others, y)
+        np.testing.assert_allclose(loaded.predict(few), regressor.predict(few), rtol=1e-5, atol=1e-5 * _spread(y))
+        scores = evaluate(regressor, [(few, y[:FEW])])
         for part in (scores.model, scores.marginal):
             for name, values in vars(part).items():
                 unbounded = case.conformal and name in ("width", "winkler")  # a level beyond what the rows can show
@@ -67,8 +78,15 @@ def _fit(case: Case, table: Any, y: np.ndarray) -> EnergyRegressor:
         base=case.base, outputs=case.outputs, conformal=case.conformal, random_state=case.seed,
     )  # fmt: skip
     weights = np.random.default_rng(case.seed).exponential(size=len(y)) if case.weighted else None
-    try:
+    with refusals():
         return regressor.fit(table, y[:, 0] if len(kinds) == 1 else y, sample_weight=weights)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn an error of the library's own that names its cause into `Refused`, and any other into a failure."""
+    try:
+        yield
     except (ValueError, TypeError, TrainingError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         named = re.search(r"\b(X|y|targets?|conformal|base|outputs|columns?|rows?)\b", str(error))
@@ -97,7 +115,8 @@ def check_predictions(regressor: EnergyRegressor, table: Any, y: np.ndarray) -> 
     for row, output in (~within & line).nonzero().tolist()[:1]:
         place = (float(mean[row, output]), float(low[row, output]), float(high[row, output]))
         raise AssertionError("the mean is {:.3g}, beyond 400 draws and all targets, {:.3g} to {:.3g}".format(*place))
-    interval = regressor.predict_interval(table, 0.9).reshape(p.num_rows, -1, 2)
+    interval = p.interval(0.9).numpy() if not regressor.conformal else regressor.predict_interval(table, 0.9)
+    interval = interval.reshape(p.num_rows, -1, 2)
     assert (interval[..., 0] <= interval[..., 1]).all(), "an interval ends before it begins"
     if not regressor.conformal or not hasattr(regressor, "conformal_intervals_"):
         assert np.isfinite(interval).all()
@@ -107,8 +126,7 @@ def check_predictions(regressor: EnergyRegressor, table: Any, y: np.ndarray) -> 
     densities = regressor.score_samples(table[:count], y[:count, 0] if one else y[:count])
     assert np.isfinite(densities).all(), "score_samples is not finite at a target of the training"
     if one:
-        assert np.isfinite(regressor.predict(table, "mode")).all(), "a mode is not finite"
-        check_density(p.select(range(min(p.num_rows, 2))), regressor)
+        assert p.mode.isfinite().all(), "a mode is not finite"
 
 
 def _inside(regressor: EnergyRegressor, values: Tensor, ends: bool = False) -> Tensor:
@@ -122,7 +140,7 @@ def _inside(regressor: EnergyRegressor, values: Tensor, ends: bool = False) -> T
 
 
 def check_density(p: Any, regressor: EnergyRegressor) -> None:
-    """cdf, its inverse and the density of one output agree, and the density integrates to one in user units."""
+    """cdf, its inverse and the density of a row of one output agree, and it integrates to one in user units."""
     levels = EDGES.double()[:, None].expand(-1, p.num_rows)
     edges = p.icdf(levels).double()
     assert edges.isfinite().all() and (edges.diff(dim=0) >= 0).all(), "the quantiles do not rise"
@@ -133,11 +151,9 @@ def check_density(p: Any, regressor: EnergyRegressor) -> None:
     off = float((back - levels).abs().max())
     assert off < LEVEL, f"cdf(icdf(q)) is off by {off:.2g}"
     low, high = _ends(regressor)
-    for row in range(p.num_rows):
-        within = edges[:, row].unique()
-        places = torch.cat([_beyond(within, low, -1).flip(0), within, _beyond(within, high, 1)])
-        total = _mass(p.select([row]), places)
-        assert abs(total - 1) < MASS, f"the density integrates to {total:.5f}"
+    within = edges[:, 0].unique()
+    total = _mass(p, torch.cat([_beyond(within, low, -1).flip(0), within, _beyond(within, high, 1)]))
+    assert abs(total - 1) < MASS, f"the density integrates to {total:.5f}"
 
 
 def _beyond(edges: Tensor, end: float, side: int) -> Tensor:
@@ -148,7 +164,7 @@ def _beyond(edges: Tensor, end: float, side: int) -> Tensor:
     return end + (edge - end) * 2.0 ** -torch.arange(1.0, 50.0).double()
 
 
-def _mass(p: Any, edges: Tensor, most: int = 4_000) -> float:
+def _mass(p: Any, edges: Tensor, most: int = 2_000) -> float:
     """The integral of the density of one row, by halving cells until their masses are those that the cdf says."""
     nodes, weights = (torch.as_tensor(each) / 2 for each in np.polynomial.legendre.leggauss(8))
     cdf, total, count = p.cdf(edges[:, None, None])[:, 0].double(), 0.0, 0
@@ -160,7 +176,7 @@ def _mass(p: Any, edges: Tensor, most: int = 4_000) -> float:
         assert not density.isnan().any(), "log_prob is NaN"
         mass = (density * weights[:, None]).sum(0) * width
         count += len(low)
-        good = ((mass - expected).abs() < 1e-6 + 1e-3 * expected) | (count > most)
+        good = ((mass - expected).abs() < 3e-6 + 1e-3 * expected) | (count > most)
         total += float(mass[good].sum())
         low, high, middle = low[~good], high[~good], ((low + high) / 2)[~good]
         left = p.cdf(middle[:, None, None])[:, 0].double() - p.cdf(low[:, None, None])[:, 0].double()
