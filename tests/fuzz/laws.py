@@ -110,7 +110,7 @@ def check_predictions(regressor: EnergyRegressor, table: Any, y: np.ndarray) -> 
     line = ~torch.tensor([bool(period) for period in regressor.target_.periods])
     seen = torch.cat([draws, torch.as_tensor(y)[:, None].expand(-1, p.num_rows, -1)])
     low, high = seen.amin(0), seen.amax(0)  # a rare target far out may carry the mean, and be in no draw
-    slack = 1e-6 * (high - low) + 1e-12 * mean.abs()
+    slack = 1e-6 * (high - low) + 4 * torch.finfo(p.dtype).eps * mean.abs()
     within = (mean >= low - slack) & (mean <= high + slack)
     for row, output in (~within & line).nonzero().tolist()[:1]:
         place = (float(mean[row, output]), float(low[row, output]), float(high[row, output]))
@@ -133,8 +133,11 @@ def _inside(regressor: EnergyRegressor, values: Tensor, ends: bool = False) -> T
     """Whether values (*S, B, D) belong to the target space, or are its ends."""
     kinds = regressor.target_.kinds
     parts = []
-    for kind, value in zip(kinds, values.unbind(-1), strict=True):
+    for kind, value in zip(kinds, values.double().unbind(-1), strict=True):
         here = torch.as_tensor(kind.possible(value.numpy())) if not kind.whole else value.isfinite()
+        if len(kinds) > 1 and hasattr(kind, "low"):  # numbers of several outputs are float32, and the ends are not
+            rounding = 4 * torch.finfo(torch.float32).eps * max(abs(kind.low), abs(kind.high))
+            here = (value >= kind.low - rounding) & (value <= kind.high + rounding)
         parts.append(here | (value == 0) if ends and type(kind).__name__ == "Positive" else here)
     return torch.stack(parts, -1)
 
