@@ -45,7 +45,7 @@ def check_state(estimator: Any) -> None:
     check_random_state(estimator.random_state)
     for name, fine in (
         ("n_features", estimator.n_features_in_ == estimator.preprocessor_.num_columns_),
-        ("feature_names", names is None or len(names) == estimator.n_features_in_),
+        ("feature_names", names is None or list(names) == estimator.preprocessor_.names_),
         ("target", list(estimator.target_.space().periodic) == list(estimator.model_.space.periodic)),
         ("n_jobs", abs(estimator.n_jobs or 1) <= MOST_THREADS),
         ("lattice_step", step is None or (0 < step < math.inf and estimator.n_outputs_ == 1 and not circle)),
