@@ -41,7 +41,16 @@ def test_a_tail_is_no_reason_to_leave_a_value_out(draw, rows):
 
 @pytest.mark.parametrize(
     ("rows", "wild"),
-    [(50, [1e5]), (500, [-1e3]), (500, [1e5, -3e3, 1e4]), (500, [300.0] * 5), (5_000, [1e3, 1e9, -1e30])],
+    [
+        (50, [1e5]),
+        (60, [-1e6, 1e5]),
+        (500, [1.1e4, -1.3e4, 0.8e4, -0.9e4, 1.2e4]),
+        (500, [-5e3] * 9 + [4e3] * 9),
+        (500, [-1e3]),
+        (500, [1e5, -3e3, 1e4]),
+        (500, [300.0] * 5),
+        (5_000, [1e3, 1e9, -1e30]),
+    ],
 )
 def test_wild_values_are_found_on_both_sides(rows, wild):
     values = np.random.default_rng(rows).normal(size=rows)

@@ -43,31 +43,31 @@ def fences_of(values: Array) -> tuple[float, float]:
     Args:
         values: Values on an unbounded scale, shape (N,).
     """
-    offset = values - np.median(values)
-    distance = np.abs(offset)
-    low, high = -np.inf, np.inf
-    for sign in (-1, 1):
-        side = np.sort(distance[sign * offset > 0])[::-1]
-        others = np.sort(distance[distance > 0])[::-1] if len(side) < FEWEST_ON_SIDE else side
-        end = _end(side, others, distance)
-        if sign < 0:
-            low = np.median(values) - end
-        else:
-            high = np.median(values) + end
-    return float(low), float(high)
+    middle = np.median(values)
+    kept = values - middle
+    most = max(int(MOST_WILD * len(values)), 1)
+    low = high = np.inf
+    for _ in range(len(values)):  # a wild value on one side may hide those on the other
+        low, high = min(low, _end(-kept, most)), min(high, _end(kept, most))
+        inside = kept[(-low <= kept) & (kept <= high)]
+        if len(inside) == len(kept):
+            break
+        kept = inside
+    return float(middle - low), float(middle + high)
 
 
-def _end(side: Array, others: Array, distance: Array) -> float:
-    """The distance beyond which the values of a side are wild; `side` and `others` descend."""
-    for count in range(min(max(int(MOST_WILD * len(distance)), 1), len(side)), 0, -1):
+def _end(offset: Array, most: int) -> float:
+    """The offset from the median beyond which values are wild, of which there are `most` at most."""
+    side, tail = np.sort(offset[offset > 0])[::-1], np.sort(np.abs(offset[offset != 0]))[::-1]
+    if len(side) >= FEWEST_ON_SIDE:
+        tail = side
+    for count in range(min(most, len(side)), 0, -1):
         nearest = side[count - 1]
-        rest = others[others < nearest]
-        # The tail of both sides has its own wild values; they are above the nearest of this side, or part of its tail.
+        rest = tail[tail < nearest]
         size = max(int(FRACTION_OF_TAIL * len(rest)), FEWEST_IN_TAIL)
         if len(rest) <= size:
             continue
-        inside = distance[distance < nearest]
-        if nearest < LEAST_RATIO * rest[0] or nearest < LEAST_DISTANCE * np.sqrt(np.mean(inside**2)):
+        if nearest < max(LEAST_RATIO * rest[0], LEAST_DISTANCE * np.sqrt(np.mean(rest**2))):
             continue
         mean_spacing = np.mean(np.log(rest[:size] / rest[size]))
         if count * np.log(nearest / rest[0]) > SURPRISE * mean_spacing:
