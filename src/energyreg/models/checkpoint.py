@@ -359,7 +359,7 @@ def _describe(value: Any, where: str, seen: dict[int, int]) -> Any:
 
 def _arguments(module: nn.Module, where: str, seen: dict[int, int]) -> dict[str, Any]:
     arguments = {}
-    hints = _hints(type(module))
+    hints = _annotations(type(module).__init__)
     for name in list(inspect.signature(type(module).__init__).parameters)[1:]:
         if _may_be_a_path(hints.get(name)):
             continue
@@ -431,7 +431,7 @@ class _Builder:
             raise _DescriptionError(
                 f"{where} is a {name} with the argument {unknown[0]!r}, which this version does not know."
             )
-        hints = _hints(kind)
+        hints = _annotations(kind.__init__)
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         try:
@@ -490,12 +490,7 @@ def _first_custom(node: Any) -> str | None:
     return next((name for child in children if (name := _first_custom(child)) is not None), None)
 
 
-def _hints(kind: Any) -> dict[str, Any]:
-    """Annotations of a constructor's arguments."""
-    return _hints_of(kind.__init__)
-
-
-_hints_of = functools.lru_cache(typing.get_type_hints)
+_annotations = functools.lru_cache(typing.get_type_hints)
 
 
 def _may_be_a_path(hint: Any) -> bool:
