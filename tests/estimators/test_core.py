@@ -15,8 +15,8 @@ X, Y = RNG.normal(size=(60, 2)), RNG.gamma(2.0, size=60)
 OTHER: dict[str, Any] = {
     "target": "count", "n_members": 3, "epochs": 7, "batch_size": 9, "learning_rate": 1.0, "width": 4, "depth": 5,
     "dropout": 0.5, "frequency_scale": 3.0, "base": "proposal", "outputs": "chain", "num_components": 2,
-    "validation_fraction": 0.4, "split": "time", "time_budget": 1.0, "calibrate": False, "conformal": False, "max_levels": 2,
-    "min_count": 1, "random_state": 5, "n_jobs": 1, "device": "cpu", "verbose": True,
+    "validation_fraction": 0.4, "split": "time", "time_budget": 1.0, "calibrate": False, "conformal": False,
+    "max_levels": 2, "min_count": 1, "random_state": 5, "n_jobs": 1, "device": "cpu", "verbose": True,
 }  # fmt: skip
 
 
