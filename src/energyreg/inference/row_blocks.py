@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from energyreg.inference.points import WeightedPoints
 
 __all__ = ["KEPT_FRACTION", "NodeCache", "RowBlock", "Rows", "refine_cells"]
 
+FAR = 50.0
+"""Distance from 0 in model space that no target has once the units are fitted, but for a wild one."""
 Rows: TypeAlias = slice | Tensor
 """Some rows of x: a slice, or their numbers."""
 
@@ -31,6 +34,18 @@ question, beside what a block works in; more is computed again."""
 
 LEAST_MASS = 1e-12
 """Probability of a margin from which on it is known as a difference of cumulative probabilities."""
+
+
+def warn_if_unfitted(space: TargetSpace, z: Tensor) -> None:
+    """Warn of targets, at z in model space, that are far from 0 because nobody has fitted the units to targets."""
+    if torch.compiler.is_compiling() or not isinstance(space, torch.nn.Module) or bool(space.fitted) or not z.numel():
+        return
+    if (farthest := float(z.detach().abs().max())) > FAR:
+        warnings.warn(
+            f"y is up to {farthest:.3g} from 0 in model space, where a model that was not fitted expects values of "
+            "about 1. Call model.fit_preprocessing(x, y) with the training rows before training or predicting.",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ class RowBlock:
         """Log-density in user units up to log Z, (*S, B, D) to (*S, B); -inf outside the space, NaN for NaN."""
         # Points outside stand somewhere inside in model space, so that no NaN arises, and are set to -inf at the end.
         z = self.space.to_model(y).to(self.dtype)
+        warn_if_unfitted(self.space, z)
         log_density = self.f(z) + self.space.log_abs_det_jacobian(y).to(self.dtype)
         log_density = self._with_margins(log_density, y)
         log_density = torch.where(self.space.contains(y), log_density, torch.full_like(log_density, -torch.inf))

@@ -192,7 +192,6 @@ def _build(description: str, tensors: dict[str, Tensor], parts: Mapping[str, nn.
     return model
 
 
-@as_usual
 def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write a model together with what an estimator knows besides, with the guards of :func:`save`.
 
@@ -224,7 +223,6 @@ def save_estimator(model: Model, state: Mapping[str, Any], path: str | os.PathLi
     return path
 
 
-@as_usual
 def load_estimator(
     path: str | os.PathLike[str], parts: Mapping[str, nn.Module] | None = None
 ) -> tuple[Model, dict[str, Any]]:
@@ -594,7 +592,7 @@ def _kind(tensor: Tensor) -> str:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the tensors, with their dtypes."""
-    make_trainable(model)  # parts of the caller's, made in inference mode
+    make_trainable(model)
     _compare(model, tensors)
     state = model.state_dict()
     tensors = {name: state[name] for name in _newer_buffers(model) - set(tensors)} | tensors

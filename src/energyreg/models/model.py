@@ -16,7 +16,7 @@ from energyreg.densities.ends import window
 from energyreg.densities.spaces import Real, TargetSpace
 from energyreg.inference.energy import EnergyFunction
 from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
-from energyreg.inference.row_blocks import KEPT_FRACTION, Rows
+from energyreg.inference.row_blocks import KEPT_FRACTION, Rows, warn_if_unfitted
 from energyreg.models.predictive import Integrator, PredictiveDistribution
 from energyreg.models.table_defaults import FEW_ROWS, as_array, table_encoder, table_width
 from energyreg.modes import as_usual
@@ -355,6 +355,7 @@ class EnergyRegressionModel(nn.Module):
         """
         f = self.energy(x)
         z = self.space.to_model(y if y.ndim == 2 else y[:, None]).to(self.dtype)
+        warn_if_unfitted(self.space, z)
         return f, f.q, z
 
     def default_objective(self) -> Any:

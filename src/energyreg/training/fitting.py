@@ -72,7 +72,7 @@ def fit(
     the best epoch are restored at the end. The default schedule needs all its epochs to anneal the learning rate, so by
     default nothing stops earlier; `patience` does, and is meant for the constant schedule or for saving time.
 
-    Ctrl-C ends the training: the model has its best weights so far, a warning says so, and `History.interrupted` is
+    Ctrl-C or SIGTERM ends the training: the model has its best weights so far, a warning says so, and `History.interrupted` is
     True. `time_limit` ends it in the same way between two steps, with `History.timed_out`; the current weights
     are judged on the validation data once more before that, where the time suffices.
 
@@ -199,7 +199,7 @@ def train(
     settings = replace(settings, batch_size=data.batch_size)
     objective = model.default_objective() if settings.objective is None else settings.objective
     source = RandomSource(mix(settings.seed, SUBSET))
-    with source.in_use(), quiet_fabric(), tempfile.TemporaryDirectory(prefix="energyreg-") as scratch:
+    with source.in_use(), quiet_fabric(), contextlib.ExitStack() as stack:
         place = device_of(model, settings)
         fabric = make_fabric(*place, settings, in_memory=data.in_memory)
         if fabric.world_size > 1:
@@ -207,12 +207,15 @@ def train(
             with source.everywhere():
                 unused = has_unused_parameters(model, objective, data.training.sample())
             fabric = make_fabric(*place, settings, find_unused_parameters=unused)
-        job = Job(
-            model, objective, data, settings, started, num_members, os.getpid(), Path(scratch) / "result.safetensors"
-        )
+        scratch = None
+        if fabric.strategy.launcher is not None:  # other processes will train
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="energyreg-"))
+            scratch = Path(folder) / "result.safetensors"
+        job = Job(model, objective, data, settings, started, num_members, os.getpid(), scratch)
         histories = fabric.launch(partial(_run, job=job, training=training))
         if histories is None:
-            trained, state = checkpoint.load_training_state(job.scratch)
+            assert scratch is not None
+            trained, state = checkpoint.load_training_state(scratch)
             histories = [History(**state)]
             module = cast(nn.Module, model)
             module.to(torch.float64 if settings.precision == "64-true" else model.dtype)
@@ -227,7 +230,7 @@ def _run(fabric: Fabric, job: Job, training: Callable[[Fabric, Job], Training]) 
         return histories
     # A strategy that spawns or forks has trained a copy of the model. Its result travels back by a file: the queue that
     # Fabric has for it blocks where the result is larger than a pipe's buffer.
-    if fabric.is_global_zero:
+    if fabric.is_global_zero and job.scratch is not None:
         checkpoint.save_training_state(job.scratch, job.model.state_dict(), histories[0].to_dict())
     return None
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -50,7 +52,7 @@ class Job:
         started: When the caller began.
         num_members: Members that all bookkeeping is by.
         process: The caller's process.
-        scratch: File for the result of another process.
+        scratch: File for the result of another process; None where the caller's own trains.
     """
 
     model: Trainable
@@ -60,7 +62,7 @@ class Job:
     started: float
     num_members: int
     process: int
-    scratch: Path
+    scratch: Path | None
 
     @property
     def folder(self) -> Path | None:
@@ -70,6 +72,24 @@ class Job:
 
 class OutOfTimeError(Exception):
     """The time limit has passed."""
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Lets SIGTERM end the work as Ctrl-C does, unless the caller has a handler, or works in a thread."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Training:
@@ -174,7 +194,7 @@ class Training:
             resume.resume(self, self.job.folder / resume.LAST)
         try:
             if not self.finished:
-                with self.source.in_use():
+                with self.source.in_use(), terminated_as_interrupted():
                     self._loop()
         except KeyboardInterrupt:
             self.stop_on_interrupt()
