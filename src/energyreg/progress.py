@@ -1,14 +1,18 @@
-"""Progress of long work: a bar on a terminal, lines now and then elsewhere, or nothing."""
+"""Long work: its progress (a bar on a terminal, lines now and then elsewhere, or nothing), and its end by SIGTERM."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
-__all__ = ["Progress", "TrainingProgress", "duration"]
+__all__ = ["Progress", "TrainingProgress", "duration", "terminated_as_interrupted"]
 
 SECONDS_PER_LINE = 10.0
 """Time between two lines where there is no terminal."""
@@ -183,3 +187,17 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Lets SIGTERM end the work as Ctrl-C does, unless the caller has a handler, or works in a thread."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -34,6 +34,7 @@ from energyreg.cli.inputs import in_words
 from energyreg.cli.options import Threads
 from energyreg.cli.predict import predict, sample
 from energyreg.cli.report import report
+from energyreg.progress import terminated_as_interrupted
 
 __all__ = ["app"]
 
@@ -83,7 +84,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def guarded(*arguments: Any, **options: Any) -> None:
         try:
-            with _warnings_in_a_line():
+            with _warnings_in_a_line(), terminated_as_interrupted():
                 command(*arguments, **options)
         except KeyboardInterrupt:
             stop("Stopped; nothing was written.", INTERRUPTED)

@@ -22,7 +22,7 @@ from energyreg.models import checkpoint
 from energyreg.modes import make_trainable, with_gradients
 from energyreg.randomness import RandomSource, mix
 from energyreg.training.data import Examples, TrainingData, prepare
-from energyreg.training.devices import device_of, make_fabric, quiet_fabric
+from energyreg.training.devices import OneProcessor, device_of, make_fabric, quiet_fabric
 from energyreg.training.history import History
 from energyreg.training.loop import Job, Training
 from energyreg.training.settings import SUBSET, TrainingSettings
@@ -72,9 +72,9 @@ def fit(
     the best epoch are restored at the end. The default schedule needs all its epochs to anneal the learning rate, so by
     default nothing stops earlier; `patience` does, and is meant for the constant schedule or for saving time.
 
-    Ctrl-C or SIGTERM ends the training: the model has its best weights so far, a warning says so, and `History.interrupted` is
-    True. `time_limit` ends it in the same way between two steps, with `History.timed_out`; the current weights
-    are judged on the validation data once more before that, where the time suffices.
+    Ctrl-C or SIGTERM ends the training: the model has its best weights so far, a warning says so, and
+    `History.interrupted` is True. `time_limit` ends it in the same way between two steps, with `History.timed_out`; the
+    current weights are judged on the validation data once more before that, where the time suffices.
 
     Several processes (`devices=2`, or a script under torchrun with `devices` to match): every process takes its share
     of each batch, and the gradients are those of one process on the whole batch. A DataLoader is different, as always
@@ -208,7 +208,7 @@ def train(
                 unused = has_unused_parameters(model, objective, data.training.sample())
             fabric = make_fabric(*place, settings, find_unused_parameters=unused)
         scratch = None
-        if fabric.strategy.launcher is not None:  # other processes will train
+        if not isinstance(fabric, OneProcessor) and fabric.strategy.launcher is not None:  # other processes will train
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="energyreg-"))
             scratch = Path(folder) / "result.safetensors"
         job = Job(model, objective, data, settings, started, num_members, os.getpid(), scratch)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from energyreg.progress import TrainingProgress
+from energyreg.progress import TrainingProgress, terminated_as_interrupted
 from energyreg.randomness import RandomSource, draws_by_itself, mix
 from energyreg.training import resume
 from energyreg.training.data import Rows, TrainingData
@@ -72,24 +70,6 @@ class Job:
 
 class OutOfTimeError(Exception):
     """The time limit has passed."""
-
-
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Lets SIGTERM end the work as Ctrl-C does, unless the caller has a handler, or works in a thread."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Training:
