@@ -22,7 +22,7 @@ from energyreg.models import checkpoint
 from energyreg.modes import make_trainable, with_gradients
 from energyreg.randomness import RandomSource, mix
 from energyreg.training.data import Examples, TrainingData, prepare
-from energyreg.training.devices import OneProcessor, device_of, make_fabric, quiet_fabric
+from energyreg.training.devices import device_of, make_fabric, quiet_fabric
 from energyreg.training.history import History
 from energyreg.training.loop import Job, Training
 from energyreg.training.settings import SUBSET, TrainingSettings
@@ -208,7 +208,7 @@ def train(
                 unused = has_unused_parameters(model, objective, data.training.sample())
             fabric = make_fabric(*place, settings, find_unused_parameters=unused)
         scratch = None
-        if not isinstance(fabric, OneProcessor) and fabric.strategy.launcher is not None:  # other processes will train
+        if getattr(getattr(fabric, "strategy", None), "launcher", None) is not None:  # other processes will train
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="energyreg-"))
             scratch = Path(folder) / "result.safetensors"
         job = Job(model, objective, data, settings, started, num_members, os.getpid(), scratch)
