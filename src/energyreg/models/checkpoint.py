@@ -73,7 +73,7 @@ PARTS = ("encoder", "head", "proposal", "base", "space")
 Model: TypeAlias = EnergyRegressionModel | EnergyEnsemble | EnergyChain
 LARGEST_SIZE = 2**16
 """A size that may be described whatever tensors a file has."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 SPARE_MODULES, SPARE_PARTS, SPARE_ELEMENTS = 20, 2000, 2**25
 """What is described, or made, beyond the tensors of a file: a classifier, say, that is left out later."""
 TOO_LARGE = "its description is of a far larger model than the file has tensors for."
@@ -573,7 +573,8 @@ def _compare(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             if name not in names or name not in tensors:  # a buffer that is not stored, or was not in earlier versions
                 continue
             mine, stored = (f"shape {tuple(one.shape)}" for one in (tensor, tensors[name]))
-            if mine == stored and _kind(tensor) != _kind(tensors[name]):
+            both = {tensor.dtype, tensors[name].dtype}
+            if mine == stored and len(both) > 1 and not both <= FLOATS:  # floats may be of another precision
                 mine, stored = f"type {tensor.dtype}", f"type {tensors[name].dtype}"
             if mine != stored:
                 raise _DescriptionError(f"{name!r} has {stored} in the file, but {mine.split(' ', 1)[1]} in the model.")
@@ -583,11 +584,6 @@ def _newer_buffers(model: nn.Module) -> set[str]:
     """Names of the buffers that files of earlier versions do not have; there they keep their values of the start."""
     modules = ((prefix, getattr(module, "newer_buffers", ())) for prefix, module in model.named_modules())
     return {f"{prefix}.{key}" if prefix else key for prefix, keys in modules for key in keys}
-
-
-def _kind(tensor: Tensor) -> str:
-    """What a tensor of a file must share with that of the model: floats may be of another precision."""
-    return "float" if tensor.dtype in FLOATS else str(tensor.dtype)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
