@@ -7,8 +7,8 @@ from tests.fuzz.cases import TARGETS, Case, cases
 from tests.fuzz.laws import check
 
 RUN = settings(database=None, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
-FAST = settings(RUN, max_examples=300 // len(TARGETS), derandomize=True)
-SLOW = settings(RUN, max_examples=5_000 // len(TARGETS))
+EXAMPLES = {target: 25 if target == "several" else 55 for target in TARGETS}
+"""Cases of each kind, 300 in all; several outputs cost the most."""
 
 
 def _fuzz(target: str, how: settings) -> None:
@@ -17,13 +17,13 @@ def _fuzz(target: str, how: settings) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_fit_ends_in_finite_figures_or_an_error_with_its_cause(target: str) -> None:
-    _fuzz(target, FAST)
+    _fuzz(target, settings(RUN, max_examples=EXAMPLES[target], derandomize=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_fit_of_many_ends_in_finite_figures_or_an_error_with_its_cause(target: str) -> None:
-    _fuzz(target, SLOW)
+    _fuzz(target, settings(RUN, max_examples=5_000 * EXAMPLES[target] // 300))
 
 
 # fmt: off
@@ -40,6 +40,18 @@ FOUND = [
 """Faults that it has found, each the smallest case of its kind."""
 
 
-@pytest.mark.parametrize("case", FOUND, ids=str)
+# fmt: off
+OPEN = [
+    pytest.param(
+        Case(target="count", rows=48, columns=("constant", "wide"), shape="point mass", exponent=3, at_ends=True,
+             container="numpy", base="proposal", weighted=True, seed=6),
+        marks=pytest.mark.xfail(reason="the cdf of a point mass on a proposal is 0.14 % off the density", strict=True),
+    ),
+]
+# fmt: on
+"""Faults that it has found, and that are open."""
+
+
+@pytest.mark.parametrize("case", [*FOUND, *OPEN], ids=lambda case: f"{case.target}-{case.shape}")
 def test_what_it_has_found_stays_mended(case: Case) -> None:
     check(case)
