@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import secrets
+import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +29,9 @@ __all__ = [
     "fingerprint",
     "read_metadata",
     "read_tensors",
+    "remove_abandoned",
     "reserve",
+    "temporary_path",
     "version",
     "with_suffix",
     "write_atomically",
@@ -64,9 +68,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written, with the path and a reason that the user can act on.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
@@ -78,6 +83,36 @@ def write_atomically(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise writing_error(path, error, len(content)) from error
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes a file until it is complete: beside it, hidden, with the host and the process."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what processes of this host that were killed have left beside a file; see :func:`temporary_path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(_host())}-*-*.tmp"):
+        process = left.name.rsplit("-", 2)[1]
+        with contextlib.suppress(OSError):
+            if process.isdigit() and not _is_running(int(process)):
+                left.unlink()
+
+
+def _host() -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in socket.gethostname())
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there, asking would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def reserve(file: BinaryIO, size: int) -> None:

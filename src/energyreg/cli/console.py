@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,19 +39,28 @@ def print_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(plain(value), ensure_ascii=False, indent=2))
 
 
+ROOM = 2**26
+"""Bytes that the disk must have free for a file whose size is not known before the work."""
+
+
 def check_writable(path: Path) -> None:
-    """Find a folder that cannot be written to before the work, not after it.
+    """Find a folder that cannot be written to, or a full disk, before the work, not after it.
 
     Raises:
         OSError: If the file cannot be written, with the reason.
     """
-    from energyreg.files import write_atomically, writing_error
+    from energyreg.files import remove_abandoned, reserve, temporary_path, writing_error
 
-    if path.is_dir():
-        raise writing_error(path, IsADirectoryError(21, "is a folder"), 0)
-    probe = path.with_name(f".{path.name}.writable-{os.getpid()}")
+    probe = temporary_path(path)
     try:
-        write_atomically(probe, b"")
+        if path.is_dir():
+            raise IsADirectoryError(21, "is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        with open(probe, "xb") as file:
+            reserve(file, ROOM)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    probe.unlink()
+        raise writing_error(path, error, ROOM) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from energyreg.errors import Located
-from energyreg.files import writing_error
+from energyreg.files import remove_abandoned, temporary_path, writing_error
 from energyreg.tables.delimited import COMPRESSED, csv_names, is_text, labels_in, read_csv
 from energyreg.tables.file_errors import TableFileError, check_names, first_line
 
@@ -383,7 +382,7 @@ class TableWriter:
         self.is_stream = str(path) == STREAM
         self.kind = "csv" if self.is_stream else _format(self.path, "write")
         self.rows = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        self._temporary = temporary_path(self.path)
         self._file: Any = None
         self._raw: Any = None
         self._arrow: Any = None
@@ -397,6 +396,7 @@ class TableWriter:
             if self.path.is_dir():
                 raise IsADirectoryError(21, "is a folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.path)
             module = COMPRESSED.get(self.path.suffix.lower())
             self._raw = open(self._temporary, "xb")
             self._file = self._raw if module is None else importlib.import_module(module).open(self._raw, "wb")
