@@ -391,6 +391,7 @@ COLUMNS = st.one_of(
 
 @pytest.mark.filterwarnings("ignore::energyreg.tables.cells.CellWarning")
 @pytest.mark.filterwarnings("ignore::energyreg.tables.cells.ColumnWarning")
+@pytest.mark.filterwarnings("ignore:y has .*(wild value|point mass|repeat)")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(COLUMNS, min_size=1, max_size=3), st.lists(st.floats(width=32), min_size=12, max_size=12))
 def test_any_frame_is_fitted_or_refused_in_words(columns, y):

@@ -39,6 +39,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(loop.Training, "_step", timed)
     monkeypatch.setattr(time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr("energyreg.estimators.table.perf_counter", clock.perf_counter)
     return clock
 
 

@@ -85,6 +85,10 @@ def _integrate(p: PredictiveDistribution, space: TargetSpace, values: Tensor) ->
 def test_every_calibrated_density_integrates_to_one_in_user_units(kind: str, base: str, members: int) -> None:
     p, space = _predictions(kind, base, members)
     grid = torch.linspace(-60, 60, 6_001, dtype=DOUBLE)
+    if base == "lebesgue":  # which has edges
+        reference = (p.members[0] if members > 1 else p).energy(slice(0, 1)).reference
+        edges = torch.cat([reference.low, reference.high])
+        grid = torch.cat([grid, edges, edges.new_tensor([1 - 1e-12, 1 + 1e-12]).outer(edges).flatten()]).sort().values
     if kind == "interval":
         grid = grid.clamp(*ends.window(space)[:, 0].tolist())
     for t, weight in ((0.5, 0.0), (1.0, 0.01), (1.4, 0.01), (2.0, 0.0)):

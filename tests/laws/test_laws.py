@@ -230,10 +230,11 @@ def test_three_dimensions_by_importance_sampling():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_points_outside_the_space_have_no_density(name):
-    for space, outside in ((Positive(), [-1.0, 0.0, math.nan]), (Interval(-1.0, 3.0), [-1.5, 3.5, math.inf])):
+    for space, outside in ((Positive(), [-1.0, 0.0, -math.inf]), (Interval(-1.0, 3.0), [-1.5, 3.5, math.inf])):
         model, x, _ = make_model(name, space, trained=True)
         y = torch.tensor(outside)[:, None, None].expand(-1, ROWS, 1)
         assert (model(x).log_prob(y) == -math.inf).all()
+        assert model(x).log_prob(torch.full_like(y, math.nan)).isnan().all()
         assert (model(x).prob(y) == 0).all()
 
 

@@ -63,6 +63,8 @@ def _end(offset: Array, most: int) -> float:
         tail = side
     for count in range(min(most, len(side)), 0, -1):
         nearest = side[count - 1]
+        if (side >= nearest).sum() > most:  # many rows share this value: it is a point mass
+            continue
         rest = tail[tail < nearest]
         size = max(int(FRACTION_OF_TAIL * len(rest)), FEWEST_IN_TAIL)
         if len(rest) <= size:

@@ -41,6 +41,8 @@ SPIKES = (
     "Log-densities there can be raised without bound by spikes at these values, so that they say little; the fit takes "
     "longer, too. Round the targets to a grid, or add noise to them."
 )
+LEAST_NUMBERS = 16
+"""Numbers of float32 that a uniform component holds at least; a narrower one is none to the training."""
 UNEVEN = 0.3
 """Nats by which the density may differ between the ends of a bin in model space that a uniform component stands for."""
 
@@ -317,7 +319,7 @@ class Target:
         return targets
 
     def uniform_components(self, space: TargetSpace, edges: Array) -> list[tuple[float, float]]:
-        """Bins of the only output in model space, as far as their density is even there.
+        """Bins of the only output in model space, where their density is even and float32 tells their ends apart.
 
         Args:
             space: The target space, fitted.
@@ -328,7 +330,8 @@ class Target:
         low, high = torch.as_tensor(edges)[..., None].unbind(1)
         found = torch.cat([space.to_model(low), space.to_model(high)], 1)
         slope = space.log_abs_det_jacobian(low) - space.log_abs_det_jacobian(high)
-        even = found.isfinite().all(1) & (found[:, 0] < found[:, 1]) & (slope.abs() < UNEVEN)
+        resolution = LEAST_NUMBERS * torch.finfo(torch.float32).eps * found.abs().amax(1)
+        even = found.isfinite().all(1) & (found.diff(dim=1)[:, 0] > resolution) & (slope.abs() < UNEVEN)
         return [(low, high) for low, high in found[even].tolist()]
 
     # Point masses ----------------------------------------------------------------------------------------------------
