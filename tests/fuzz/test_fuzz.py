@@ -7,16 +7,14 @@ from tests.fuzz.cases import TARGETS, Case, cases
 from tests.fuzz.laws import check
 
 RUN = settings(database=None, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
-EXAMPLES = {target: 25 if target == "several" else 55 for target in TARGETS}
-"""Cases of each kind, 300 in all; several outputs cost the most."""
+EXAMPLES = {"real": 80, "positive": 80, "count": 60, "interval": 60, "circle": 10, "several": 10}
+"""Cases of each kind, 300 in all; circles and several outputs cost the most."""
 
 
 def _fuzz(target: str, how: settings) -> None:
     how(given(cases(target))(check))()
 
 
-# Not strict: which kinds of target still have an open fault is not settled. Remove it when all pass.
-@pytest.mark.xfail(strict=False, reason="the fuzzer still finds faults")
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_fit_ends_in_finite_figures_or_an_error_with_its_cause(target: str) -> None:
     # A case is short as it is: to shrink it would cost more than all others.
@@ -39,6 +37,12 @@ FOUND = [
          container="polars", outputs="joint", weighted=True, seed=12255),
     # The cdf left out what the link of a bounded space cannot represent at its ends.
     Case(target="interval", rows=9, exponent=12, offset=-30, at_ends=True, n_members=2, weighted=True),
+    # Cells across the ends of a point mass cost a thousandth of the mass.
+    Case(target="count", rows=48, columns=("constant", "wide"), shape="point mass", exponent=3, at_ends=True,
+         container="numpy", base="proposal", weighted=True, seed=6),
+    # The smallest whole number of a column with missing ones was asked for its truth.
+    Case(target="positive", rows=7, columns=("nullable", "nullable", "normal"), shape="bimodal", exponent=3,
+         repeated=True, at_ends=True, n_members=2, base="proposal", conformal=True, weighted=True, seed=4),
 ]
 # fmt: on
 """Faults that it has found, each the smallest case of its kind."""
@@ -47,9 +51,9 @@ FOUND = [
 # fmt: off
 OPEN = [
     pytest.param(
-        Case(target="count", rows=48, columns=("constant", "wide"), shape="point mass", exponent=3, at_ends=True,
-             container="numpy", base="proposal", weighted=True, seed=6),
-        marks=pytest.mark.xfail(reason="the cdf of a point mass on a proposal is 0.14 % off the density", strict=True),
+        Case(target="several", rows=56, columns=("many levels", "bad cell", "missing"), shape="wild", offset=-1e6,
+             at_ends=True, container="numpy", conformal=True, seed=269),
+        marks=pytest.mark.xfail(reason="a mean in float32 of targets that it can hardly tell apart", strict=True),
     ),
 ]
 # fmt: on

@@ -327,3 +327,19 @@ def test_a_head_that_returns_the_wrong_shape_is_named() -> None:
         StratifiedQuadrature(8).log_weights(f)
     with pytest.raises(ValueError, match="base is a ProposalBase, but q is None"):
         EnergyFunction(None, _slopes(), ProposalBase())
+
+
+def test_cells_have_edges_where_the_reference_jumps():
+    """A point mass spread over a narrow bin: cells across its ends cost a thousandth of the mass."""
+    torch.manual_seed(0)
+    z = torch.cat([torch.randn(400), torch.full((600,), -0.23)])[:, None].double()
+    reference = Marginal(slabs=[(-0.24, -0.22)]).double()
+    reference.fit(z)
+    q = GaussianMixture(*(torch.tensor(v).double() for v in ([[0.0, 0.0]], [[[-0.65], [0.64]]], [[[0.49], [0.5]]])))
+    f = EnergyFunction(None, torch.zeros(1, 1), ProposalBase(reference), q)
+    integrator = AdaptiveQuadrature()
+    cells = integrator.shared_cells(f)
+    for found in (cells, integrator.own_cells(f, cells)):
+        edges = reference.from_unit(found.edges.reshape(-1, 1))[:, 0]
+        assert all((edges - place).abs().min() < 1e-7 for place in (-0.24, -0.22))
+        assert found.log_partition.abs().item() < 5e-5

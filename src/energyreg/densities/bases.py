@@ -292,6 +292,11 @@ class Marginal(nn.Module):
         below = (self.slab_shares * ((z - low) / (high - low)).clamp(0, 1)).sum(-1, keepdim=True)
         return (self._smooth_share * smooth + below).clamp(0, 1)
 
+    @property
+    def breaks(self) -> Tensor | None:
+        """Unit coordinates where the density jumps, at the ends of the slabs, ascending; None without any."""
+        return self.to_unit(self.slab_ends.reshape(-1, 1))[:, 0].detach() if self.slabs else None
+
     def _unit(self, index: Tensor, inside: Tensor) -> Tensor:
         return self._hermite(self.cdf_table, self.pdf_table, index, inside, self.step).clamp(0, 1)
 

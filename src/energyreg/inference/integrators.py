@@ -25,6 +25,27 @@ def graded(t: Tensor) -> Tensor:
     return t.square() * (3 - 2 * t)
 
 
+def _aligned(edges: Tensor, centres: Tensor, reference: Any) -> tuple[Tensor, Tensor]:
+    """Cells with an edge wherever the reference's density jumps: within a cell the energy is taken as smooth.
+
+    Args:
+        edges: Ascending, shape (G + 1,) or (G + 1, B).
+        centres: Shape (G,) or (G, B).
+        reference: A measure that may have `breaks`.
+    """
+    breaks = getattr(reference, "breaks", None)
+    if breaks is None:
+        return edges, centres
+    moved = edges.clone()
+    for place in breaks.to(edges):
+        nearest = (moved[1:-1] - place).abs().argmin(0, keepdim=True) + 1
+        moved = moved.scatter(0, nearest, place.expand(nearest.shape))
+    moved = moved.sort(0).values
+    changed = moved != edges
+    touched = changed[1:] | changed[:-1]
+    return moved, torch.where(touched, (moved[1:] + moved[:-1]) / 2, centres)
+
+
 @dataclass(frozen=True)
 class StratifiedQuadrature:
     r"""Quadrature in the unit coordinates of the reference measure, with one node in each cell of a regular grid.
@@ -195,7 +216,7 @@ class AdaptiveQuadrature:
         f = require_reference(f, "AdaptiveQuadrature")
         t = torch.linspace(0, 1, 2 * self.num_nodes + 1, dtype=torch.double, device=f.device)
         u = t if f.periodic[0] else graded(t)
-        edges, centres = u[::2], u[1::2]
+        edges, centres = _aligned(u[::2], u[1::2], f.reference)
         log_widths = edges.diff().log()
         values = f.relative(centres.to(f.dtype)[:, None, None])
         return Cells(edges, centres.to(f.dtype), values + log_widths[:, None].to(f.dtype), f.reference)
@@ -216,6 +237,7 @@ class AdaptiveQuadrature:
         u = source.unit_quantiles(levels[:, None].expand(-1, masses.shape[1]))
         edges, centres = u[::2].clone(), u[1::2]
         edges[0], edges[-1] = 0.0, 1.0
+        edges, centres = _aligned(edges, centres, f.reference)
         log_widths = edges.diff(dim=0).clamp_min(1e-300).log()
         values = f.relative_at_own(centres.to(dtype)[..., None])
         return Cells(edges, centres.to(dtype), values + log_widths.to(dtype), f.reference)

@@ -282,7 +282,7 @@ def _warn_about_digits(values: Any, whole: bool, column: int | str, name: str) -
         return
     low, high = values.min(), values.max()
     # Missing ones compare as False, or not at all.
-    if low is None or low != low or high != high or type(low).__name__ == "NAType":
+    if low is None or type(low).__name__ == "NAType" or low != low or high != high:
         return
     if max(abs(int(low)), abs(int(high))) > LARGEST_WHOLE:
         big = int(low) if abs(int(low)) > abs(int(high)) else int(high)
