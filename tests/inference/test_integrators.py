@@ -342,4 +342,4 @@ def test_cells_have_edges_where_the_reference_jumps():
     for found in (cells, integrator.own_cells(f, cells)):
         edges = reference.from_unit(found.edges.reshape(-1, 1))[:, 0]
         assert all((edges - place).abs().min() < 1e-7 for place in (-0.24, -0.22))
-        assert found.log_partition.abs().item() < 5e-5
+        assert found.log_partition.abs().item() < 1e-4
