@@ -40,6 +40,12 @@ FOUND = [
     # Cells across the ends of a point mass cost a thousandth of the mass.
     Case(target="count", rows=48, columns=("constant", "wide"), shape="point mass", exponent=3, at_ends=True,
          container="numpy", base="proposal", weighted=True, seed=6),
+    # Point masses outside of the table of the few other targets, whose tails were those of these few.
+    Case(target="count", rows=10, columns=("text and numbers",), shape="sharp", exponent=3, offset=1,
+         container="polars", base="proposal", conformal=True, weighted=True, seed=0),
+    # Two point masses whose ends were nearest to the same edge of a cell.
+    Case(target="count", rows=7, columns=("nullable", "nullable", "normal"), shape="bimodal", exponent=3,
+         repeated=True, at_ends=True, n_members=2, base="proposal", conformal=True, weighted=True, seed=0),
     # The smallest whole number of a column with missing ones was asked for its truth.
     Case(target="positive", rows=7, columns=("nullable", "nullable", "normal"), shape="bimodal", exponent=3,
          repeated=True, at_ends=True, n_members=2, base="proposal", conformal=True, weighted=True, seed=4),

@@ -167,14 +167,13 @@ class Marginal(nn.Module):
         # A standard normal target until `fit`, so that an unfitted model is a model too.
         normal = torch.special.ndtri((torch.arange(512, dtype=torch.double) + 0.5) / 512)
         circle = (torch.arange(512, dtype=torch.double) + 0.5) / 512 * 2 * math.pi - math.pi
-        self._tabulate(torch.stack([circle if flag else normal for flag in self.periodic], -1))
+        standard = torch.stack([circle if flag else normal for flag in self.periodic], -1)
+        self._tabulate(standard, standard)
 
     def fit(self, z: Tensor, window: Tensor | None = None) -> None:
         """Tabulate the marginals of the training targets in model space, shape (N, D), which need no window."""
         z = z.detach().double().cpu()
-        if self.slabs:
-            z = self._fit_slabs(z)
-        self._tabulate(z)
+        self._tabulate(self._fit_slabs(z) if self.slabs else z, z)
         self.fitted.fill_(True)
 
     @torch.no_grad()
@@ -190,16 +189,17 @@ class Marginal(nn.Module):
         return others if len(others) > 1 else z
 
     @torch.no_grad()
-    def _tabulate(self, z: Tensor) -> None:
+    def _tabulate(self, z: Tensor, everything: Tensor) -> None:
+        """Tabulate the smooth part: Gaussians on the targets z that lie in no slab, tails as wide as all targets."""
         for d in range(self.dim):
             build = self._circle_table if self.periodic[d] else self._line_table
-            start, stop, cdf, pdf, slope = build(z[:, d])
+            start, stop, cdf, pdf, slope = build(z[:, d], everything[:, d])
             self.start[d] = start
             self.step[d] = (stop - start) / self.num_knots
             self.cdf_table[d], self.pdf_table[d] = cdf, pdf
             self.log_pdf_table[d], self.slope_table[d] = pdf.log(), slope
 
-    def _components(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _components(self, z: Tensor, everything: Tensor) -> tuple[Tensor, Tensor]:
         levels = (torch.arange(self.num_components, dtype=torch.double) + 0.5) / self.num_components
         # torch.quantile refuses more than 16 million values; sorting is as good here.
         ordered = z.sort().values
@@ -210,13 +210,15 @@ class Marginal(nn.Module):
         spread = z.std().clamp_min(1e-6)
         # The floor is wider for few targets, whose quantiles lie close together at random.
         floor = spread * max(0.05, 0.5 * len(z) ** -0.2)
+        # The few targets outside of slabs may lie close together: no component is finer than the table.
+        floor = torch.maximum(floor, 0.03 * everything.std())
         gaps = torch.gradient(centres)[0] if self.num_components > 1 else spread[None]
         return centres, 1.5 * torch.maximum(gaps, floor.expand_as(gaps))
 
-    def _line_table(self, z: Tensor) -> tuple[float, float, Tensor, Tensor, Tensor]:
-        centres, scales = self._components(z)
-        middle = z.mean()
-        broad = self.broad_scale * z.std().clamp_min(1e-6) * math.sqrt(3) / math.pi
+    def _line_table(self, z: Tensor, everything: Tensor) -> tuple[float, float, Tensor, Tensor, Tensor]:
+        centres, scales = self._components(z, everything)
+        middle = everything.mean()
+        broad = self.broad_scale * everything.std().clamp_min(1e-6) * math.sqrt(3) / math.pi
         # Beyond 20 scales the logistic tail is a straight line in log space, which the interpolation continues exactly.
         start = float(min((centres - 8 * scales).min(), middle - 20 * broad))
         stop = float(max((centres + 8 * scales).max(), middle + 20 * broad))
@@ -231,8 +233,8 @@ class Marginal(nn.Module):
         slope = (share * (-t / scales * gaussian).sum(1) + tail * (1 - 2 * logistic) / broad) / pdf
         return start, stop, cdf, pdf, slope
 
-    def _circle_table(self, z: Tensor) -> tuple[float, float, Tensor, Tensor, Tensor]:
-        centres, scales = self._components(z)
+    def _circle_table(self, z: Tensor, everything: Tensor) -> tuple[float, float, Tensor, Tensor, Tensor]:
+        centres, scales = self._components(z, everything)
         knots = torch.linspace(-math.pi, math.pi, self.num_knots + 1, dtype=torch.double)
         share = (1 - self.broad_share) / self.num_components
         cdf = self.broad_share * (knots + math.pi) / (2 * math.pi)

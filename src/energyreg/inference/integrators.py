@@ -36,10 +36,11 @@ def _aligned(edges: Tensor, centres: Tensor, reference: Any) -> tuple[Tensor, Te
     breaks = getattr(reference, "breaks", None)
     if breaks is None:
         return edges, centres
-    moved = edges.clone()
-    for place in breaks.to(edges):
-        nearest = (moved[1:-1] - place).abs().argmin(0, keepdim=True) + 1
-        moved = moved.scatter(0, nearest, place.expand(nearest.shape))
+    moved, taken = edges.clone(), torch.zeros_like(edges, dtype=torch.bool)
+    taken[0] = taken[-1] = True
+    for place in breaks.to(edges):  # two of them may be nearest to the same edge
+        nearest = (moved - place).abs().masked_fill(taken, math.inf).argmin(0, keepdim=True)
+        moved, taken = moved.scatter(0, nearest, place.expand(nearest.shape)), taken.scatter(0, nearest, True)
     moved = moved.sort(0).values
     changed = moved != edges
     touched = changed[1:] | changed[:-1]
