@@ -147,7 +147,7 @@ class Cells:
 
     @cached_property
     def y(self) -> Tensor:
-        """The centres in model space, shape (G, B, 1), or (G, 1, 1) where all rows fraction them."""
+        """The centres in model space, shape (G, B, 1), or (G, 1, 1) where all rows share them."""
         return self.reference.from_unit(self.centres.reshape(len(self.centres), -1, 1))
 
     def log_density(self, f: Callable[[Tensor], Tensor]) -> Tensor:

@@ -150,7 +150,7 @@ class RowBlock:
     # All model values beyond a margin are targets within a millionth of the width from an end; a margin's probability
     # is theirs, and spread evenly over it.
 
-    @property
+    @cached_property
     def has_margins(self) -> bool:
         """Whether the target is an interval of one dimension."""
         return self.dim == 1 and bool((ends.margins(self.space) != ends.bounds(self.space)).any())

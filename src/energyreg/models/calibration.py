@@ -114,7 +114,8 @@ class CalibratedEnergy(ReferencedEnergy):
         return torch.where(log_p0 > -torch.inf, value, log_p0)  # outside a window nothing has any density
 
     def _calibrated(self, relative: Tensor, log_p0: Tensor) -> Tensor:
-        tempered = _tempered(relative, log_p0, self.inverse_temperature, self.reference)
+        t = self.inverse_temperature
+        tempered = _tempered(relative, _surplus(log_p0, self.reference) if t > 1 else None, t)
         if self.log_partition is None:
             return tempered
         tempered = tempered - self.log_partition.to(tempered.dtype)
@@ -280,7 +281,7 @@ class CalibratedDistribution(PredictiveDistribution):
 
                 def log_tempered(block: RowBlock) -> Tensor:
                     log_weights, relative, log_p0 = _weights_and_relative(block)
-                    change = _tempered(relative, log_p0, t, block.f.reference) - relative
+                    change = _tempered(relative, _surplus(log_p0, block.f.reference), t) - relative
                     return t * block.log_partition + (log_weights + change).logsumexp(0)
 
                 self._tempered = p.gather(log_tempered)
@@ -296,7 +297,7 @@ class CalibratedDistribution(PredictiveDistribution):
         p, t, weight = self.uncalibrated, self.calibration.inverse_temperature, self.calibration.base_share
         block = p.block(rows)
         log_weights, relative, log_p0 = _weights_and_relative(block)
-        log_weights = (log_weights + _tempered(relative, log_p0, t, f.reference) - relative).log_softmax(0)
+        log_weights = (log_weights + _tempered(relative, _surplus(log_p0, f.reference), t) - relative).log_softmax(0)
         y, independent = block.nodes.y, block.nodes.independent
         if weight == 0:
             return WeightedPoints(y, log_weights.to(self.dtype), independent)
@@ -327,11 +328,14 @@ def log_floor(reference: Any) -> Tensor:
     return log_p0[-1] + (log_p0[:-1].reshape(dim, 2).amin(1) - log_p0[-1]).sum()
 
 
-def _tempered(relative: Tensor, log_p0: Tensor, t: float, reference: Any) -> Tensor:
-    """Log of the tempered density relative to p₀, up to log Z, from that of the density itself."""
-    if t <= 1:
-        return t * relative
-    return t * relative - (t - 1) * functional.softplus(log_floor(reference).to(log_p0.dtype) - log_p0)
+def _surplus(log_p0: Tensor, reference: Any) -> Tensor:
+    """By how much the floor raises the reference, log(1 + c / p₀), from log p₀."""
+    return functional.softplus(log_floor(reference).to(log_p0.dtype) - log_p0)
+
+
+def _tempered(relative: Tensor, surplus: Tensor | None, t: float) -> Tensor:
+    """Log of the tempered density relative to p₀, up to log Z, from that of the density; for t > 1 above the floor."""
+    return t * relative if t <= 1 or surplus is None else t * relative - (t - 1) * surplus
 
 
 def _weights_and_relative(block: RowBlock) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,12 +370,13 @@ def _powers(p: PredictiveDistribution, y: Tensor) -> tuple[Tensor, Tensor]:
         else:
             log_weights, relative, node_log_p0 = _weights_and_relative(block)
             at_target = at_target - block.log_partition.double()
+        surplus, node_surplus = _surplus(log_p0, reference), _surplus(node_log_p0, reference)
         found, masses = [], log_weights.exp()
         for t in POWERS:
-            change = _tempered(relative, node_log_p0, t, reference) - relative
+            change = _tempered(relative, node_surplus, t) - relative
             log_z = (log_weights + change).logsumexp(0)
             divergence = log_z - torch.where(masses > 0, masses * change, 0.0).sum(0)
-            found += [_tempered(at_target, log_p0, t, reference) - log_z, divergence]
+            found += [_tempered(at_target, surplus, t) - log_z, divergence]
         return torch.stack(found, -1)
 
     both = p.gather(columns).cpu().T
