@@ -25,6 +25,7 @@ __all__ = [
     "MODEL",
     "TRAINING_STATE",
     "CheckpointError",
+    "check_room",
     "digest",
     "fingerprint",
     "read_metadata",
@@ -122,6 +123,34 @@ def reserve(file: BinaryIO, size: int) -> None:
     else:
         for start in range(0, size, 2**20):
             file.write(bytes(min(2**20, size - start)))
+
+
+def check_room(path: Path, size: int, named: Path | None = None) -> None:
+    """Find out before the work whether a file of some size can be written, by a trial that is removed.
+
+    Args:
+        path: The file.
+        size: Bytes that it may take.
+        named: What the error names; the file by default.
+
+    Raises:
+        OSError: If it cannot be written, with the reason.
+    """
+    trial = temporary_path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        with open(trial, "xb") as file:
+            reserve(file, size)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise writing_error(named or path, error, size) from error
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
 
 
 def writing_error(path: Path, error: OSError, size: int) -> OSError:

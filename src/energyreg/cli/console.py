@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -49,18 +48,6 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: If the file cannot be written, with the reason.
     """
-    from energyreg.files import remove_abandoned, reserve, temporary_path, writing_error
+    from energyreg.files import check_room
 
-    probe = temporary_path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
-        with open(probe, "xb") as file:
-            reserve(file, ROOM)
-    except OSError as error:
-        raise writing_error(path, error, ROOM) from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+    check_room(path, ROOM)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import tempfile
 import time
 from collections.abc import Callable
@@ -239,15 +238,4 @@ def check_folder(folder: Path, size: int) -> None:
     """Find out before the training whether checkpoints can be written: there is nothing to lose yet."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "checkpoint_dir is a file; expected a folder", str(folder))
-    trial = folder / f".trial-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(trial, "xb") as file:
-            files.reserve(file, size)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise files.writing_error(folder, error, size) from error
-    finally:
-        with contextlib.suppress(OSError):
-            trial.unlink(missing_ok=True)
+    files.check_room(folder / "trial", size, named=folder)
