@@ -149,8 +149,9 @@ def check_density(p: Any, regressor: EnergyRegressor) -> None:
     assert edges.isfinite().all() and (edges.diff(dim=0) >= 0).all(), "the quantiles do not rise"
     back = p.cdf(edges[..., None]).double()
     ulp = np.spacing(edges.abs().max().item() if p.dtype == torch.float64 else np.float32(edges.abs().max().item()))
-    if float(ulp) > 1e-6 * float((edges[-10] - edges[10]).min()):
-        return  # so narrow that its numbers cannot be told apart
+    one_number = ulp * float(p.prob(edges[..., None]).max())
+    if ulp > 1e-6 * float((edges[-10] - edges[10]).min()) or one_number > LEVEL / 2:
+        return  # so narrow that its numbers cannot be told apart, or that one number holds too much
     off = float((back - levels).abs().max())
     assert off < LEVEL, f"cdf(icdf(q)) is off by {off:.2g}"
     low, high = _ends(regressor)

@@ -49,6 +49,9 @@ FOUND = [
     # The smallest whole number of a column with missing ones was asked for its truth.
     Case(target="positive", rows=7, columns=("nullable", "nullable", "normal"), shape="bimodal", exponent=3,
          repeated=True, at_ends=True, n_members=2, base="proposal", conformal=True, weighted=True, seed=4),
+    # A point mass at the end of an interval, narrower than three numbers of float64: too few for the law.
+    Case(target="interval", rows=39, columns=("wild", "nullable", "boolean"), shape="heavy", exponent=-12, offset=-1e6,
+         repeated=True, at_ends=True, seed=5),
 ]
 # fmt: on
 """Faults that it has found, each the smallest case of its kind."""
