@@ -5,23 +5,50 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from typing import Any
 
 import numpy as np
 
-__all__ = ["check_count", "check_type"]
+__all__ = ["check_count", "check_level", "check_type", "is_number", "is_whole"]
 
 
-def check_count(name: str, number: int, smallest: int = 1) -> None:
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, which a boolean is not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, which a boolean is not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+
+
+def check_count(name: str, number: Any, smallest: int = 1, also: str = "") -> None:
     """Refuse a count that is not a whole number, or too small.
+
+    Args:
+        name: What an error calls it.
+        number: The count.
+        smallest: The least that it may be.
+        also: Ends the message with what else it may be.
 
     Raises:
         ValueError: If it is, by the argument's name.
     """
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < smallest:
-        raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}.")
+    if not is_whole(number) or number < smallest:
+        raise ValueError(f"{name} is {number!r}; expected a whole number of at least {smallest}{also}.")
+
+
+def check_level(level: Any, name: str = "level") -> None:
+    """Refuse what is no probability between 0 and 1.
+
+    Raises:
+        ValueError: If it is, by the argument's name.
+    """
+    if not is_number(level) or not 0 < level < 1:
+        raise ValueError(f"{name} is {level!r}; expected a probability between 0 and 1, such as 0.9.")
 
 
 def check_type(name: str, value: Any, kind: Any, *, finite: bool = True) -> None:

@@ -1,10 +1,12 @@
 """What counts is what was fitted: parameters set afterwards and fits that fail change nothing."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import energyreg as er
 from energyreg import files
@@ -78,3 +80,30 @@ def test_a_fit_that_fails_leaves_the_old_model(
     with pytest.raises(expected):
         fitted.fit(wide, np.where(np.arange(60) == 3, -1.0, Y) if place == "early" else Y)
     assert same(answers(fitted), before) and fitted.n_features_in_ == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "outputs"),
+    [
+        ({}, 1),
+        ({"n_members": 2}, 1),
+        ({"target": "positive", "conformal": True}, 1),
+        ({"outputs": "joint"}, 2),
+        ({"outputs": "chain"}, 2),
+    ],
+)
+def test_predictions_and_regions_can_be_pickled_as_results_of_a_worker_process(
+    settings: dict[str, Any], outputs: int
+) -> None:
+    y = Y if outputs == 1 else np.stack([Y, Y + X[:, 0]], 1)
+    regressor = er.EnergyRegressor(**{"n_members": 1, "epochs": 1, "width": 8, "random_state": 0} | settings).fit(X, y)
+    p, region = regressor.predict_distribution(X[:4]), regressor.predict_highest_density_region(X[:4])
+    targets = torch.as_tensor(y[:4])
+    for _ in range(2):  # before it keeps anything for later, and afterwards
+        copy = pickle.loads(pickle.dumps(p))
+        assert torch.equal(copy.log_prob(targets), p.log_prob(targets))
+        draws = [each.sample((3,), generator=torch.Generator().manual_seed(0)) for each in (copy, p)]
+        assert torch.equal(*draws)
+    some = p.select([2, 0])
+    assert torch.equal(pickle.loads(pickle.dumps(some)).mean, some.mean)
+    assert torch.equal(pickle.loads(pickle.dumps(region)).contains(targets), region.contains(targets))

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 import numpy as np
 import torch
 
-from energyreg.checks import check_type
+from energyreg.checks import check_count, check_level, check_type
 from energyreg.densities.ends import snap
 from energyreg.estimators.columns import check_features
 from energyreg.estimators.learning import Rows, Validation, learn
 from energyreg.estimators.linear import LinearGaussian
 from energyreg.estimators.members import integrator_of, weights_of
-from energyreg.estimators.settings import Settings, check_whole, find_device, is_number, threads
+from energyreg.estimators.settings import Settings, find_device, threads
 from energyreg.estimators.state import State, available, check_state
 from energyreg.estimators.targets import Target
 from energyreg.estimators.time_budget import ROWS_OF_SEVERAL
@@ -258,7 +258,7 @@ class DensityRegressor(RegressorMixin, BaseEstimator):
         from sklearn.utils import check_random_state
         from sklearn.utils.validation import check_is_fitted
 
-        check_whole("n_samples", n_samples)
+        check_count("n_samples", n_samples)
         check_is_fitted(self)
         state = check_random_state(self.fitted_parameters_["random_state"] if random_state is None else random_state)
         generator = torch.Generator().manual_seed(int(state.randint(2**31 - 1)))
@@ -596,12 +596,6 @@ def draw_seed(random_state: Any) -> int:
     from sklearn.utils import check_random_state
 
     return int(check_random_state(random_state).randint(2**31 - 1))
-
-
-def check_level(level: Any, name: str = "level") -> None:
-    """Refuse what is no probability between 0 and 1."""
-    if not is_number(level) or not 0 < level < 1:
-        raise ValueError(f"{name} is {level!r}; expected a probability between 0 and 1, such as 0.9.")
 
 
 def _plain(value: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import Any, Self
 import numpy as np
 from torch import nn
 
-from energyreg.checks import check_type
+from energyreg.checks import check_count, check_type
 from energyreg.estimators.columns import encode_table
 from energyreg.estimators.core import DensityRegressor, draw_seed, fit_rows, undone_on_failure
 from energyreg.estimators.learning import Rows, check_weights, prepare
-from energyreg.estimators.settings import Settings, check_whole, find_device, threads
+from energyreg.estimators.settings import Settings, find_device, threads
 from energyreg.estimators.state import State
 from energyreg.estimators.table import EnergyRegressor
 from energyreg.images.features import extract_features, file_key
@@ -273,10 +273,10 @@ class ImageRegressor(DensityRegressor):
     def _settings(self) -> Settings:
         """The parameters of the training, after a check of all."""
         settings = Settings.of(self, frequency_scale=1.0, max_levels=256, min_count=4, split="random")
-        check_whole("image_size", self.image_size)
-        check_whole("image_batch_size", self.image_batch_size)
+        check_count("image_size", self.image_size)
+        check_count("image_batch_size", self.image_batch_size)
         if not isinstance(self.fine_tune, (bool, np.bool_)):
-            check_whole("fine_tune", self.fine_tune, ", True or False")
+            check_count("fine_tune", self.fine_tune, also=", True or False")
         if self.augment is not None and not callable(self.augment):
             raise ValueError(f"augment is a {type(self.augment).__name__}; expected a callable (image, target).")
         return settings

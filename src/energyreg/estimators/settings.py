@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import numbers
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -14,7 +13,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-__all__ = ["Settings", "check_whole", "find_device", "is_number", "threads"]
+from energyreg.checks import check_count, is_number, is_whole
+
+__all__ = ["Settings", "find_device", "threads"]
 
 LOGGER = logging.getLogger("energyreg")
 BASES = ("auto", "marginal", "proposal")
@@ -67,12 +68,12 @@ class Settings:
     def _check(self) -> None:
         for name in ("epochs", "n_members", "width"):
             if getattr(self, name) != "auto":
-                check_whole(name, getattr(self, name), ' or "auto"')
+                check_count(name, getattr(self, name), also=' or "auto"')
         if self.batch_size is not None:
-            check_whole("batch_size", self.batch_size, " or None")
+            check_count("batch_size", self.batch_size, also=" or None")
         for name in ("depth", "num_components", "max_levels", "min_count"):
-            check_whole(name, getattr(self, name))
-        if self.n_jobs is not None and (not _is_whole(self.n_jobs) or self.n_jobs == 0):
+            check_count(name, getattr(self, name))
+        if self.n_jobs is not None and (not is_whole(self.n_jobs) or self.n_jobs == 0):
             raise ValueError(f"n_jobs is {self.n_jobs!r}; expected a whole number, -1 for all cores, or None.")
         for name, least, below, none in (
             ("learning_rate", 0.0, math.inf, False), ("dropout", -1.0, 1.0, True), ("time_budget", 0.0, math.inf, True),
@@ -124,18 +125,3 @@ def find_device(device: Any) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device("cpu" if device is None else device)
-
-
-def check_whole(name: str, value: Any, also: str = "") -> None:
-    """Refuse a parameter that is no whole number of at least 1; `also` ends the message with what else it may be."""
-    if not _is_whole(value) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1{also}.")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a parameter is a real number, which a boolean is not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))

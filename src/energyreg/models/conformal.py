@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from energyreg.checks import check_level
 from energyreg.densities import ends
 from energyreg.inference.regions import mass_above, threshold_below_mass
 from energyreg.inference.row_blocks import RowBlock
@@ -81,8 +82,7 @@ class _Conformal:
         Raises:
             ValueError: If the level is not in (0, 1), or the group was not among the calibration rows.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level is {level}; expected a probability between 0 and 1.")
+        check_level(level)
         if group not in self.scores:
             known = ", ".join(repr(label) for label in list(self.scores)[:5])
             raise ValueError(f"groups has {group!r}, which no calibration row belongs to; there are {known}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -414,20 +415,24 @@ class EnergyRegressionModel(nn.Module):
         """Rows to their energy function; the encoder runs once per row where the contexts may be kept."""
         if self.training and torch.is_grad_enabled():
             context = self.encoder(x.to(self.device))
-            return lambda rows: self.energy_of_context(context[rows])
+            return partial(self._of_kept, context)
         row_bytes = max(x[0].numel() * x.element_size(), 1)
         step = max(min(ENCODE_ROWS, ENCODE_BYTES // row_bytes), 1)
 
-        def encode(part: Tensor) -> Tensor:
-            with torch.no_grad():
-                return torch.cat([self.encoder(block.to(self.device)) for block in part.split(step)])
-
-        first = encode(x[:step])
+        first = self._encode(x[:step], step)
         if len(x) * first[0].numel() * first.element_size() <= KEPT_FRACTION * memory_budget:
-            kept = torch.cat([first, encode(x[step:])]) if len(x) > step else first
-            return lambda rows: self.energy_of_context(kept[rows])
+            kept = torch.cat([first, self._encode(x[step:], step)]) if len(x) > step else first
+            return partial(self._of_kept, kept)
 
-        def energy(rows: Rows) -> EnergyFunction:
-            return self.energy_of_context(encode(x[rows]))
+        return partial(self._of_encoded, x, step)
 
-        return energy
+    # Bound methods in the place of closures: a prediction can be pickled.
+    def _encode(self, x: Tensor, step: int) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.encoder(block.to(self.device)) for block in x.split(step)])
+
+    def _of_kept(self, context: Tensor, rows: Rows) -> EnergyFunction:
+        return self.energy_of_context(context[rows])
+
+    def _of_encoded(self, x: Tensor, step: int, rows: Rows) -> EnergyFunction:
+        return self.energy_of_context(self._encode(x[rows], step))

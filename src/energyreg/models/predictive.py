@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from energyreg.checks import check_count, check_level
 from energyreg.densities import ends
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.spaces import TargetSpace
@@ -54,11 +56,6 @@ class HighestDensityRegion:
         """Whether each y, shape (*S, B, D), lies in the region of its row, shape (*S, B)."""
         y = self.distribution.as_targets(y)
         return (self.distribution.log_prob(y) >= self.log_threshold) & self.distribution.space.contains(y)
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; expected a probability between 0 and 1.")
 
 
 class PredictiveDistribution(Distribution):
@@ -113,6 +110,10 @@ class PredictiveDistribution(Distribution):
         self._nodes = NodeCache(memory_budget)
         super().__init__(torch.Size([num_rows]), torch.Size([space.dim]), validate_args=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes this distribution, without the blocks of rows that it keeps for the next question."""
+        return {**self.__dict__, "_cached": None, "_nodes": NodeCache(self.memory_budget)}
+
     def __repr__(self) -> str:
         """Shapes, space and integrator."""
         return (
@@ -157,7 +158,10 @@ class PredictiveDistribution(Distribution):
             rows: Their numbers, each at least -B and below B.
         """
         index = self.row_numbers(rows)
-        return self.with_energy(lambda part: self.energy(index[part]), len(index))
+        return self.with_energy(partial(self._of_some, index), len(index))
+
+    def _of_some(self, index: Tensor, rows: Rows) -> Any:
+        return self.energy(index[rows])
 
     def row_numbers(self, rows: Any) -> Tensor:
         """Numbers of rows between 0 and B - 1, from numbers that may count from the end."""
@@ -216,8 +220,7 @@ class PredictiveDistribution(Distribution):
         # Points shared by all rows need one seed; others get one per block of rows.
         shared = isinstance(f.q, GaussianMixture)
         generator = torch.Generator().manual_seed(self.seed if shared else self.seed + rows.start)
-        sampler = ImportanceSampling(self.integrator.num_samples, self.integrator.stratified, quasi_random=shared)
-        return sampler(f, f.q, generator=generator)
+        return replace(self.integrator, quasi_random=shared)(f, f.q, generator=generator)
 
     @as_usual
     def gather(self, function: Callable[[RowBlock], Tensor], dim: int = 0) -> Tensor:
@@ -236,9 +239,7 @@ class PredictiveDistribution(Distribution):
             ValueError: If the shape does not broadcast to it; the message calls it by its name.
         """
         y = torch.as_tensor(y)
-        if not y.is_floating_point():
-            y = y.to(self.dtype)
-        y = y.to(self.device)
+        y = y.to(self.device, y.dtype if y.is_floating_point() else self.dtype)
         if self.dim == 1 and y.ndim <= 1:
             y = y[..., None]
         if y.ndim < 1 or y.shape[-1] != self.dim or (y.ndim > 1 and y.shape[-2] not in (1, self.num_rows)):
@@ -253,9 +254,8 @@ class PredictiveDistribution(Distribution):
 
     def _as_levels(self, value: Any, name: str) -> Tensor:
         """Values per row that broadcast to (*S, B)."""
-        value = torch.as_tensor(value).to(self.device)
-        if not value.is_floating_point():
-            value = value.to(self.dtype)
+        value = torch.as_tensor(value)
+        value = value.to(self.device, value.dtype if value.is_floating_point() else self.dtype)
         try:
             return value.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
         except RuntimeError:
@@ -404,7 +404,7 @@ class PredictiveDistribution(Distribution):
         Raises:
             ValueError: If the level is not in (0, 1).
         """
-        _check_level(level)
+        check_level(level)
         ends = self.central_quantiles([(1 - level) / 2, (1 + level) / 2])
         both = torch.stack([ends[0], ends[1]], -1)
         return both.squeeze(1) if self.dim == 1 else both
@@ -551,9 +551,8 @@ class PredictiveDistribution(Distribution):
                 raise ValueError(f"{name} is {number}; expected a finite number ≥ 0.")
         if not 0 <= min_probability < 1:
             raise ValueError(f"min_probability is {min_probability}; expected a probability in [0, 1).")
-        for name, number, least in (("num_starts", num_starts, 1), ("num_steps", num_steps, 0)):
-            if isinstance(number, bool) or int(number) != number or number < least:
-                raise ValueError(f"{name} is {number}; expected a whole number ≥ {least}.")
+        check_count("num_starts", num_starts)
+        check_count("num_steps", num_steps, 0)
         parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         with torch.no_grad():
             for block in self.blocks():
@@ -577,7 +576,7 @@ class PredictiveDistribution(Distribution):
         Raises:
             ValueError: If the level is not in (0, 1).
         """
-        _check_level(level)
+        check_level(level)
 
         def threshold(block: RowBlock, density: Tensor) -> tuple[Tensor, Tensor]:
             limit = threshold_at_level(block, density, level)
