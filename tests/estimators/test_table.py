@@ -521,9 +521,8 @@ def test_without_held_out_rows_there_are_no_pilots():
 def test_members_of_no_weight_are_dropped(monkeypatch):
     regressor = EnergyRegressor(**{**FAST, "n_members": 3}, calibrate=False).fit(X, Y)
     kept = [regressor.model_.members[0], regressor.model_.members[2]]
-    regressor.model_.weights = [0.5, 0.01, 0.49]
     learned = Learned(regressor.model_, [Trial(None, dropout) for dropout in (0.0, 0.1, 0.2)], regressor.histories_)
-    learned.drop_members()
+    assert learned.weight([0.5, 0.01, 0.49]) == [0, 2]
     assert list(learned.model.members) == kept and [trial.dropout for trial in learned.trials] == [0.0, 0.2]
     assert learned.model.shares == pytest.approx([0.5 / 0.99, 0.49 / 0.99])
     assert torch.isfinite(learned.model(regressor.encode(X)).log_prob(torch.as_tensor(Y))).all()

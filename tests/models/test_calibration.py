@@ -141,12 +141,20 @@ def test_weights_count_rows():
     assert twice.inverse_temperature == weighted.inverse_temperature
 
 
+def test_rows_of_several_folds_count_as_those_of_one():
+    x, y = data(60)
+    sharp = model(0.3)
+    whole = Calibration.fit(sharp(x), y, np.arange(60))
+    assert Calibration.fit([sharp(x[:20]), sharp(x[20:])], y, np.arange(60)) == whole
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Calibration(0.0), "inverse_temperature is 0.0"),
         (lambda: Calibration(1.0, 1.0), "base_share is 1.0"),
         (lambda: Calibration.fit(model()(data(3)[0]), data(3)[1], [1.0]), r"sample_weight has shape \(1,\)"),
+        (lambda: Calibration.fit([model()(data(3)[0])] * 2, data(3)[1]), r"y has shape \(3,\); expected targets of 6"),
         (lambda: ConformalRegions(model(), *data(9), score="x"), "score is 'x'"),
         (lambda: ConformalRegions(model(), *data(9), groups=[1]), r"groups has shape \(1,\)"),
         (lambda: ConformalRegions("no", *data(9)), "source is a str"),

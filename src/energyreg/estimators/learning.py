@@ -29,7 +29,7 @@ from energyreg.estimators.time_budget import (
     warn_of_what_fitted,
 )
 from energyreg.models.calibration import Calibration
-from energyreg.models.ensemble import EnergyEnsemble
+from energyreg.models.ensemble import EnergyEnsemble, EnsembleDistribution
 from energyreg.training.data import default_batch_size
 from energyreg.training.history import History
 
@@ -194,16 +194,15 @@ class Learned:
         if outputs == 1:
             self.model.double()
 
-    def drop_members(self) -> None:
-        """Drop the members whose weights are next to nothing."""
+    def weight(self, weights: Sequence[float]) -> list[int]:
+        """Give the members their weights, drop those that get next to nothing, and return the numbers of the others."""
         assert isinstance(self.model, EnergyEnsemble)
-        weights = np.array(self.model.shares)
-        kept = np.flatnonzero(weights >= LEAST_WEIGHT / len(weights)).tolist()
-        if len(kept) < len(weights):
-            members = self.model.models()
-            kept_weights = weights[kept] / weights[kept].sum()
-            self.model = EnergyEnsemble([members[i] for i in kept], kept_weights.tolist()).eval()
-            self.trials = [self.trials[i] for i in kept]
+        kept = [number for number, weight in enumerate(weights) if weight >= LEAST_WEIGHT / len(weights)]
+        total, members = sum(weights[number] for number in kept), self.model.models()
+        shares = [weights[number] / total for number in kept]
+        self.model = EnergyEnsemble([members[number] for number in kept], shares).eval()
+        self.trials = [self.trials[number] for number in kept]
+        return kept
 
     def calibrate(self, validation: Validation, seed: int, settings: Settings, most: int = CALIBRATION_ROWS) -> None:
         """Choose the members' weights, the temperature and the defensive mixture weight by `most` held-out rows."""
@@ -214,10 +213,11 @@ class Learned:
             x, y, weights = x[rows], y[rows], None if weights is None else weights[rows]
         try:
             integrator = integrator_of(self.model)
-            if isinstance(self.model, EnergyEnsemble):
-                self.model.fit_weights(x, y, weights, integrator=integrator, memory_budget=CALIBRATION_BYTES)
-                self.drop_members()
             p = self.model(x, integrator=integrator, memory_budget=CALIBRATION_BYTES)
+            if isinstance(self.model, EnergyEnsemble):
+                assert isinstance(p, EnsembleDistribution)
+                kept = self.weight(p.out_of_fold(torch.as_tensor(y), weights).weights())
+                p = p.of_members(kept, self.model.weights)
             self.calibration = Calibration.fit(p, torch.as_tensor(y), weights)
         except KeyboardInterrupt:
             for history in self.histories:

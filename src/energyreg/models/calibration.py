@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -163,7 +164,7 @@ class Calibration:
     @classmethod
     def fit(
         cls,
-        p: PredictiveDistribution,
+        p: PredictiveDistribution | Sequence[PredictiveDistribution],
         y: Any,
         sample_weight: Any = None,
         least_share: float | None = None,
@@ -179,8 +180,9 @@ class Calibration:
         best pair gains more than one standard error of its gain.
 
         Args:
-            p: What the model predicts for the validation rows.
-            y: Their targets, shape (B, D), or (B,) for D = 1.
+            p: What the model predicts for the validation rows. Where members have held out rows of their own, one
+                distribution after the other, each of the members that have not seen its rows.
+            y: Targets of all these rows, B of them, in this order, shape (B, D), or (B,) for D = 1.
             sample_weight: How many rows each stands for, shape (B,).
             least_share: Weight of the base that is kept in any case. By default 1 / (2 B + 4), at most 0.02: where none
                 of B rows fell into a hole, the next one still may, and the price of this insurance is 1 / (2 B) nats.
@@ -192,8 +194,9 @@ class Calibration:
         Warns:
             UserWarning: If the best value is the end of what is tried, so that the model is far from calibrated.
         """
-        count = p.batch_shape[0]
-        targets = p.as_targets(y)
+        parts = [p] if isinstance(p, PredictiveDistribution) else list(p)
+        targets = _targets_of(parts, y)
+        count = sum(map(len, targets))
         if not 0 <= prior < math.inf:
             raise ValueError(f"prior is {prior}; expected a finite number of rows ≥ 0.")
         weight = torch.ones(count, dtype=torch.double) if sample_weight is None else torch.as_tensor(sample_weight)
@@ -205,7 +208,7 @@ class Calibration:
         weight = rows / rows.mean()
         least = min(1 / (2 * count + 4), 0.02) if least_share is None else least_share
         as_it_is = cls(1.0, least)
-        log_density, divergence = _powers(p, targets)
+        log_density, divergence = (torch.cat(each, 1) for each in zip(*map(_powers, parts, targets), strict=True))
         loss = {
             (power, share): -_log_calibrated(tempered, share)
             for power, tempered in zip(POWERS, log_density, strict=True)
@@ -353,6 +356,19 @@ def _log_calibrated(log_density: Tensor, share: float) -> Tensor:
     if share == 0:
         return log_density
     return torch.logaddexp(log_density + math.log1p(-share), torch.full_like(log_density, math.log(share)))
+
+
+def _targets_of(parts: Sequence[PredictiveDistribution], y: Any) -> list[Tensor]:
+    """The targets of each of some distributions, from those of all their rows one after the other."""
+    if len(parts) == 1:
+        return [parts[0].as_targets(y)]
+    y, counts = torch.as_tensor(y), [part.num_rows for part in parts]
+    if y.ndim == 0 or len(y) != sum(counts):
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}; expected targets of {sum(counts)} rows, all those of {len(parts)} "
+            "distributions."
+        )
+    return [part.as_targets(values) for part, values in zip(parts, y.split(counts), strict=True)]
 
 
 def _powers(p: PredictiveDistribution, y: Tensor) -> tuple[Tensor, Tensor]:

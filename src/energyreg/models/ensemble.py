@@ -25,6 +25,7 @@ from energyreg.densities.spaces import TargetSpace
 from energyreg.inference.energy import ReferencedEnergy
 from energyreg.inference.row_blocks import RowBlock, Rows
 from energyreg.models.model import EnergyRegressionModel
+from energyreg.models.out_of_fold import OutOfFold
 from energyreg.models.predictive import Integrator, PredictiveDistribution
 from energyreg.modes import as_usual
 
@@ -162,7 +163,8 @@ class EnergyEnsemble(nn.Module):
 
         .. math:: \max_w \sum_i \log \sum_s w_s \, p_s(y_i|x_i) + \frac{a}{n} \sum_s \log w_s
 
-        by expectation maximisation; the problem is concave. With few rows the weights stay near equal ones.
+        With few rows the weights stay near equal ones; see :meth:`energyreg.models.out_of_fold.OutOfFold.weights`,
+        also for members that have held out rows of their own.
 
         Args:
             x: Inputs of the rows.
@@ -177,32 +179,10 @@ class EnergyEnsemble(nn.Module):
 
         Raises:
             ValueError: If x, y, the weights or the prior cannot be used.
-
-        Source:
-            Smyth and Wolpert, "Linearly combining density estimators via stacking", Machine Learning 1999.
         """
-        if not (isinstance(prior, (int, float)) and math.isfinite(prior) and prior > 0):
-            raise ValueError(f"prior is {prior!r}; expected a number of rows > 0.")
         targets = self.check_targets(y)
         p = self(x, integrator=integrator, memory_budget=memory_budget)
-        log_p = torch.stack([member.log_prob(targets) for member in p.members]).double()
-        rows = log_p.new_ones(len(targets)) if sample_weight is None else torch.as_tensor(sample_weight).to(log_p)
-        if rows.shape != (len(targets),) or not bool((rows >= 0).all()) or not bool(rows.isfinite().all()):
-            raise ValueError(
-                f"sample_weight has shape {tuple(rows.shape)}; expected {(len(targets),)} finite numbers ≥ 0."
-            )
-        known = log_p.isfinite().any(0)  # a row that no member thinks possible says nothing about which is best
-        log_p, rows = log_p[:, known], rows[known]
-        share = prior / len(self)
-        weights = log_p.new_full((len(self),), 1 / len(self))
-        for _ in range(10_000):
-            before = weights
-            responsible = (log_p + weights.log()[:, None]).softmax(0)
-            weights = (responsible * rows).sum(1) + share
-            weights = weights / weights.sum()
-            if bool((weights - before).abs().max() < 1e-7):
-                break
-        self.weights = weights.tolist()
+        self.weights = p.out_of_fold(targets, sample_weight).weights(prior=prior)
         return self.weights
 
     def default_integrator(self) -> Integrator:
@@ -445,6 +425,26 @@ class EnsembleDistribution(PredictiveDistribution):
         if self._log_z is None:
             self._log_z = torch.stack([p.log_partition for p in self.members])
         return self._log_z[:, rows]
+
+    def of_members(self, members: Sequence[int], weights: Sequence[float] | None = None) -> EnsembleDistribution:
+        """The mixture of some of the members, which keep what they have computed.
+
+        Args:
+            members: Their numbers.
+            weights: Their weights, which sum to 1; equal by default.
+        """
+        chosen = [self.members[number] for number in members]
+        return EnsembleDistribution(chosen, self.space, self.integrator, weights, **self.settings)
+
+    def out_of_fold(self, y: Any, sample_weight: Any = None) -> OutOfFold:
+        """What the members say of targets of rows that none of them has been trained on.
+
+        Args:
+            y: Targets, shape (B, D), or (B,) for D = 1.
+            sample_weight: How many rows each stands for, shape (B,).
+        """
+        targets = self.as_targets(y)
+        return OutOfFold(torch.stack([member.log_prob(targets) for member in self.members]), None, sample_weight)
 
     def uncertainty(self) -> Uncertainty:
         """Split entropy and variance into what the data leave open and what the members disagree on.
