@@ -661,15 +661,6 @@ def test_a_missing_typer_is_said_in_one_line(monkeypatch, capsys):
     assert "pip install 'energyreg[tables]'" in capsys.readouterr().err
 
 
-def test_demo_runs_the_demo(monkeypatch, tmp_path):
-    from energyreg.cli import demo
-
-    seen = []
-    monkeypatch.setattr(demo, "main", lambda arguments: seen.append(arguments) or 0)
-    succeed("demo", "-o", tmp_path, "--seed", "3", "--epochs", "2")
-    assert seen == [["--output", str(tmp_path), "--seed", "3", "--threads", "1", "--epochs", "2"]]
-
-
 def test_scores_of_the_marginal_are_those_of_a_constant():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 2)), rng.normal(size=400)

@@ -10,6 +10,8 @@ import torch
 
 from energyreg.cli import demo
 
+typer_testing = pytest.importorskip("typer.testing")
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("scoringrules")
 
@@ -22,9 +24,16 @@ def tiny(monkeypatch):
     monkeypatch.setattr(demo, "FULL", (TINY,))
 
 
-def test_demo_writes_page_and_results(tiny, tmp_path, capsys):
-    assert demo.main(["--output", str(tmp_path / "out"), "--seed", "3"]) == 0
-    printed = capsys.readouterr().out
+def run(*arguments, status=0):
+    from energyreg.cli.app import app
+
+    result = typer_testing.CliRunner().invoke(app, ["demo", *arguments])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_demo_writes_page_and_results(tiny, tmp_path):
+    printed = run("--output", str(tmp_path / "out"), "--seed", "3").stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "results.json"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results.keys() >= {"command", "seed", "setting", "data", "machine", "versions", "models", "seconds"}
@@ -45,9 +54,9 @@ def test_demo_writes_page_and_results(tiny, tmp_path, capsys):
     assert "CC BY 4.0" in page
 
 
-def test_full_run_prints_the_table_of_the_readme(tiny, tmp_path, capsys):
-    assert demo.main(["--full", "--seeds", "2", "--output", str(tmp_path)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+def test_full_run_prints_the_table_of_the_readme(tiny, tmp_path):
+    printed = run("--full", "--seeds", "2", "--output", str(tmp_path)).stdout
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4  # heading, rule, four models
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert all(" ± " in line for line in lines[2:])
@@ -97,33 +106,22 @@ def test_the_two_modes_of_a_known_density():
 
 
 @pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seeds", "0"], ["--threads", "0"], ["--seed", "x"]])
-def test_bad_arguments_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        demo.main(arguments)
-    assert stop.value.code == 2 and arguments[0] in capsys.readouterr().err
+def test_bad_arguments_are_refused(arguments):
+    assert arguments[0] in run(*arguments, status=2).stderr
 
 
-def test_output_that_cannot_be_written_is_found_before_the_training(tmp_path, monkeypatch, capsys):
+def test_output_that_cannot_be_written_is_found_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "run_quick", lambda *a: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
-    assert demo.main(["--output", str(tmp_path / "file")]) == 1
-    assert "file" in capsys.readouterr().err
+    assert "file" in run("--output", str(tmp_path / "file"), status=1).stderr
 
 
-def test_interrupt_ends_quietly(tmp_path, monkeypatch, capsys):
+def test_interrupt_ends_quietly(tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run_quick", interrupted)
-    assert demo.main(["--output", str(tmp_path)]) == 130
-    assert "Stopped" in capsys.readouterr().err
-
-
-def test_threads_are_put_back(tmp_path, monkeypatch):
-    seen, before = [], torch.get_num_threads()
-    monkeypatch.setattr(demo, "run_quick", lambda *a: seen.append(torch.get_num_threads()))
-    assert demo.main(["--output", str(tmp_path), "--threads", "2"]) == 0
-    assert seen == [2] and torch.get_num_threads() == before
+    assert "Stopped" in run("--output", str(tmp_path), status=130).stderr
 
 
 def test_interrupted_training_ends_the_demo(monkeypatch):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
-__all__ = ["FAILED", "INTERRUPTED", "WRONG_INPUT", "InputError", "check_writable", "print_json", "stop"]
+__all__ = ["FAILED", "INTERRUPTED", "WRONG_INPUT", "InputError", "check_writable", "print_json", "print_table", "stop"]
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -36,6 +36,24 @@ def print_json(value: Mapping[str, Any]) -> None:
         return [plain(entry) for entry in item] if isinstance(item, (list, tuple)) else item
 
     typer.echo(json.dumps(plain(value), ensure_ascii=False, indent=2))
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], width: int = 100) -> None:
+    """Print a table on stdout: in colour on a terminal, in plain characters of this width elsewhere."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=width, no_color=True, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 ROOM = 2**26

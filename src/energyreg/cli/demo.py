@@ -8,7 +8,7 @@ Both write `results.json`; the first also writes `report.html`, which needs no n
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import energyreg as er
+from energyreg.cli.console import INTERRUPTED, check_writable, print_table, stop
 from energyreg.datasets import Protein, load_protein
 from energyreg.files import write_atomically
 from energyreg.reports.page import Example, ModelResult, Partition, Report, Score
 
-__all__ = ["FULL", "QUICK", "Setting", "main"]
+__all__ = ["FULL", "QUICK", "Setting", "run"]
 
 GAUSSIAN, MIXTURE, ENERGY = "Gaussian network", "Mixture density network", "Energy-based model"
 TARGET = "RMSD (Å)"
@@ -99,41 +100,31 @@ SHOWN: tuple[Callable[..., Any], ...] = (build_models, train, score)
 
 SCORES = (
     Score(
-        "nll",
-        "Test NLL (nats)",
+        "nll", "Test NLL (nats)",
         "Mean of −log p at the observed values. Lower is better. It tells densities apart best: 0.1 less means that "
         "the density at the observed value is typically e^0.1 = 1.11 times as high.",
     ),
     Score(
-        "crps",
-        "CRPS (Å)",
+        "crps", "CRPS (Å)",
         "How far the predicted distribution lies from the observed value, on average. Lower is better. For a "
         "forecast without any spread it is the absolute error.",
     ),
     Score(
-        "coverage",
-        "90% coverage",
+        "coverage", "90% coverage",
         "Fraction of observed values inside the predicted 90% intervals. Best at 90%: less means overconfident, more "
-        "means vague.",
-        aim=LEVEL,
-        format=".1%",
+        "means vague.", LEVEL, ".1%",
     ),
     Score(
-        "interval_width",
-        "90% width (Å)",
+        "interval_width", "90% width (Å)",
         "Mean width of those intervals. Narrower is better among models that keep their coverage. An interval must "
-        "bridge the gap between two modes, so it hides what a model knows about them.",
-        format=".2f",
+        "bridge the gap between two modes, so it hides what a model knows about them.", format=".2f",
     ),
     Score("train_seconds", "Training (s)", "Wall-clock time, with the validation after each epoch.", format=".1f"),
     Score(
-        "rows_per_second",
-        "Predictions (rows/s)",
-        "Test rows per second, from raw inputs to normalised log p(y|x).",
-        aim=math.inf,
-        format=",.0f",
+        "rows_per_second", "Predictions (rows/s)", "Test rows per second, from raw inputs to normalised log p(y|x).",
+        math.inf, ",.0f",
     ),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,17 +163,8 @@ def run_model(model: er.EnergyRegressionModel, data: Protein, setting: Setting, 
     return Run(model, history, scores, log_prob)
 
 
-def run_quick(setting: Setting, seed: int, output: Path) -> dict[str, Any]:
-    """Train the three models, print their scores, and write the results and the report.
-
-    Args:
-        setting: Sizes and epochs.
-        seed: Seed of weights, batches and dropout.
-        output: Folder of `results.json` and `report.html`.
-
-    Returns:
-        What `results.json` holds.
-    """
+def run_quick(setting: Setting, seed: int, output: Path) -> None:
+    """Train the three models, print their scores, and write the results and the report."""
     start = time.perf_counter()
     data = load(setting)
     runs = {}
@@ -204,11 +186,8 @@ def run_quick(setting: Setting, seed: int, output: Path) -> dict[str, Any]:
     }
     save_json(output / "results.json", results)
     page = er.report.write(make_report(runs, data, results), output / "report.html")
-    print(
-        f"\nWrote {page} and {output / 'results.json'} in {time.perf_counter() - start:.0f} s. Open the page in a "
-        "browser."
-    )
-    return results
+    seconds = time.perf_counter() - start
+    print(f"\nWrote {page} and {output / 'results.json'} in {seconds:.0f} s. Open the page in a browser.")
 
 
 def paired(other: Tensor, energy: Tensor) -> dict[str, float]:
@@ -284,10 +263,8 @@ def summarise(runs: Mapping[str, Run], data: Protein, results: Mapping[str, Any]
         "modes."
     )
     if order[0] != ENERGY:
-        return [
-            question,
-            f"In this run the {in_text(order[0])} is best: a mean −log p of {listed} (nats, lower is better).",
-        ]
+        best = f"In this run the {in_text(order[0])} is best: a mean −log p of {listed} (nats, lower is better)."
+        return [question, best]
     gains = " and ".join(
         f"{gain['mean']:.3f} ± {gain['stderr']:.3f} nats over the {in_text(name)}"
         for name, gain in results["nll_difference"].items()
@@ -333,11 +310,8 @@ def choose_examples(p: er.PredictiveDistribution, y: NDArray[np.float64]) -> tup
     percent = len(order) // 100
     choose(int(order[percent]), "Certain", "99% of the rows have a longer 90% region.")
     choose(int(order[-1 - percent]), "Uncertain", "99% of the rows have a shorter 90% region.")
-    choose(
-        int(p.log_prob(y).argmin()),
-        "Most surprising",
-        "Of all test rows, the energy-based model does worst on this one.",
-    )
+    worst = "Of all test rows, the energy-based model does worst on this one."
+    choose(int(p.log_prob(y).argmin()), "Most surprising", worst)
     return list(chosen), list(chosen.values())
 
 
@@ -367,24 +341,14 @@ def two_modes(p: er.PredictiveDistribution, intervals: Sequence[Tensor]) -> dict
     ends[:, rows, 0] = torch.stack([intervals[row].double().cpu().reshape(4) for row in rows], 1)
     parts = p.cdf(ends).double().cpu().diff(dim=0)
     widths = ends[..., 0].diff(dim=0)
-    return {
-        row: TwoModes(
-            *(float(v) for v in (parts[0, row], parts[2, row], widths[0, row], widths[2, row], widths[1, row]))
-        )
-        for row in rows
-    }
+    facts = torch.stack([parts[0], parts[2], widths[0], widths[2], widths[1]])
+    return {row: TwoModes(*facts[:, row].tolist()) for row in rows}
 
 
-def run_full(settings: Sequence[Setting], seeds: Sequence[int], output: Path) -> dict[str, Any]:
+def run_full(settings: Sequence[Setting], seeds: Sequence[int], output: Path) -> None:
     """Train every model of every setting with several seeds, and print the README's table.
 
-    Args:
-        settings: Sizes and epochs.
-        seeds: Seeds of weights, batches and dropout.
-        output: Folder of `results.json`, which is written again after each run, so that an interrupt loses none.
-
-    Returns:
-        What `results.json` holds.
+    The results are written again after each run, so that an interrupt loses none.
     """
     results: dict[str, Any] = {
         "command": "python -m energyreg.demo --full",
@@ -404,7 +368,6 @@ def run_full(settings: Sequence[Setting], seeds: Sequence[int], output: Path) ->
                 results["runs"].append({"model": name, "seed": seed, "setting": asdict(setting)} | run.as_json())
                 save_json(output / "results.json", results)
     print(markdown_table(results["runs"]))
-    return results
 
 
 def full_models(num_features: int, setting: Setting) -> dict[str, er.EnergyRegressionModel]:
@@ -438,25 +401,14 @@ def markdown_table(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
-    """Print the table of scores: the best ones in colour on a terminal, plain characters elsewhere."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    """Print the table of scores, the best ones in colour on a terminal."""
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140, no_color=True, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
-    table.add_column("Protein, test rows", no_wrap=True)
-    for column in SCORES:
-        table.add_column(column.name, justify="right")
-    for name, values in scores.items():
-        cells = [column.show(values[column.key]) for column in SCORES]
-        best = [column.is_best(name, scores) for column in SCORES]
-        table.add_row(
-            name, *(f"[bold green]{cell}[/]" if mark else cell for cell, mark in zip(cells, best, strict=True))
-        )
-    console.print(table)
+    def marked(score: Score, name: str) -> str:
+        text = score.show(scores[name][score.key])
+        return f"[bold green]{text}[/]" if score.is_best(name, scores) else text
+
+    lines = [[name, *(marked(score, name) for score in SCORES)] for name in scores]
+    print_table(["Protein, test rows", *(score.name for score in SCORES)], lines, width=140)
 
 
 def save_json(path: Path, results: Mapping[str, Any]) -> None:
@@ -481,12 +433,9 @@ def describe_data(data: Protein) -> dict[str, Any]:
 def describe_machine() -> dict[str, Any]:
     """What the times were taken on."""
     processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     threads = torch.get_num_threads()
     return {"processor": processor, "cores": os.cpu_count(), "threads": threads, "system": platform.system()}
 
@@ -506,17 +455,15 @@ def describe_setup(results: Mapping[str, Any]) -> dict[str, str]:
     """The facts of the run, as the page tells them."""
     setting, data, machine, models = (results[key] for key in ("setting", "data", "machine", "models"))
     rows = data["rows"]
-    parameters = ", ".join(f"{name} {model['parameters']:,}" for name, model in models.items())
-    best = ", ".join(f"{name} {model['best_epoch']}" for name, model in models.items())
     return {
         "Data": f"{data['name']}, {sum(rows.values()):,} rows, {data['features']} inputs; y is the RMSD in ångström",
         "Split": f"{rows['train']:,} rows for training, {rows['validation']:,} for validation, {rows['test']:,} for "
         "the test; fixed",
         "Models": f"the same encoder for all, of width {setting['width']} with dropout {setting['dropout']}; "
         f"a mixture of {setting['num_components']} Gaussians",
-        "Parameters": parameters,
+        "Parameters": ", ".join(f"{name} {model['parameters']:,}" for name, model in models.items()),
         "Training": f"{setting['epochs']} epochs each, peak learning rate {setting['learning_rate']}",
-        "Best epoch": best,
+        "Best epoch": ", ".join(f"{name} {model['best_epoch']}" for name, model in models.items()),
         "Seed": str(results["seed"]),
         "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} thread(s), "
         f"{machine['system']}",
@@ -526,62 +473,26 @@ def describe_setup(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m energyreg.demo",
-        description="Train three kinds of density on the bundled protein table, and write a page that compares them.",
-    )
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and dropout (default: 0)")
-    parser.add_argument("--epochs", type=int, help="passes over the training rows (default: the setting's own)")
-    parser.add_argument("--full", action="store_true", help="larger models and several seeds; prints a Markdown table")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds with --full, from --seed on (default: 3)")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="threads of PyTorch (default: 1; batches this small gain nothing, and lose where cores are busy)",
-    )
-    options = parser.parse_args(arguments)
-    for name in ("epochs", "seeds", "threads"):
-        number = getattr(options, name)
-        if number is not None and number < 1:
-            parser.error(f"argument --{name}: {number} is too few, expected at least 1")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(output: Path, seed: int, epochs: int | None = None, full_seeds: Sequence[int] | None = None) -> None:
     """Run the demo.
 
     Args:
-        arguments: Command line, that of the process by default.
-
-    Returns:
-        Exit status: 0, 1 where the folder cannot be written to, 130 where it was interrupted.
+        output: Folder of the results.
+        seed: Seed of weights, batches and dropout.
+        epochs: Passes over the training rows; the setting's own by default.
+        full_seeds: Train the larger models instead, each with these seeds.
     """
-    options = parse(arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
+    check_writable(output / "results.json")
     try:
-        # A folder that cannot be written to is found before the training, not after it.
-        write_atomically(options.output / ".writable", b"")
-        (options.output / ".writable").unlink()
-        if options.full:
-            settings = [replace(setting, epochs=options.epochs or setting.epochs) for setting in FULL]
-            run_full(settings, range(options.seed, options.seed + options.seeds), options.output)
+        if full_seeds is None:
+            run_quick(replace(QUICK, epochs=epochs or QUICK.epochs), seed, output)
         else:
-            run_quick(replace(QUICK, epochs=options.epochs or QUICK.epochs), options.seed, options.output)
+            run_full([replace(setting, epochs=epochs or setting.epochs) for setting in FULL], full_seeds, output)
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+        stop("Stopped.", INTERRUPTED)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from energyreg.cli.app import app
+
+    app(["demo", *sys.argv[1:]], prog_name="energyreg")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from energyreg.cli.console import print_json
+from energyreg.cli.console import print_json, print_table
 from energyreg.cli.inputs import in_words, local, target_columns
 from energyreg.cli.model_file import Fitted, load
 from energyreg.cli.options import Data, Json, Model, Quiet, Strict, TargetOfData, Threads
@@ -48,35 +48,19 @@ def evaluate(
 
 
 def _pairs(fitted: Fitted, data: Path, names: Sequence[str]) -> Iterator[tuple[Any, np.ndarray]]:
-    from energyreg.tables import files as tablefiles
-
-    done = 0
-    kinds = fitted.kinds | dict.fromkeys(names, "number")
-    for frame in tablefiles.read_chunks(data, rows=fitted.chunk_rows, kinds=kinds, missing=fitted.missing):
-        frame.columns = [str(name) for name in frame.columns]
-        y = target_columns(frame, names, data, done)
+    for frame, numbers in fitted.chunks(data, targets=names):
+        y = target_columns(frame, names, data, numbers[0] - 1)
         x = fitted.inputs(frame, data, names)
-        with fitted.about(data, x, names, range(done + 1, done + len(frame) + 1)):
+        with fitted.about(data, x, names, numbers):
             x = fitted.typed(x)
             fitted.regressor.encode(x)
         yield x, y
-        done += len(frame)
 
 
 def _print_scores(found: Mapping[str, Mapping[str, Any]], names: Sequence[str], rows: int) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from energyreg.reports.numbers import fixed
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100, no_color=True, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, title=None)
-    table.add_column(f"{rows:,} rows", no_wrap=True)
-    for name in found:
-        table.add_column({"scores": "model"}.get(name, name), justify="right")
+    lines = []
     titles = {"nll": "NLL (nats)", "crps": "CRPS", "rmse": "RMSE of the mean", "mae": "MAE of the median"}
     for key, value in found["scores"].items():
         what, _, level = key.partition("_")
@@ -86,5 +70,5 @@ def _print_scores(found: Mapping[str, Mapping[str, Any]], names: Sequence[str], 
             values = [scores[key][index] if several else scores[key] for scores in found.values()]
             show = fixed(max(map(abs, values)), 5) if what not in ("nll", "coverage") else "{:.4f}".format
             cells = [f"{v:.1%}" if what == "coverage" else show(v) for v in values]
-            table.add_row(f"{title}, {name}" if name else title, *cells)
-    console.print(table)
+            lines.append([f"{title}, {name}" if name else title, *cells])
+    print_table([f"{rows:,} rows", "model", *list(found)[1:]], lines)

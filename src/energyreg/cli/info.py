@@ -57,11 +57,8 @@ def info(model: Model, as_json: Json = False) -> None:
             value = ", ".join(f"{key} {entry}" for key, entry in value.items())
         elif isinstance(value, (list, tuple)):
             value = ", ".join(map(str, value))
-        shown = (
-            {None: "unknown", True: "yes", False: "no"}.get(value, value)
-            if not isinstance(value, int | float) or isinstance(value, bool)
-            else value
-        )
+        plain = value is None or isinstance(value, bool)
+        shown = {None: "unknown", True: "yes", False: "no"}[value] if plain else value
         typer.echo(f"{name.replace('_', ' '):{width}}  {shown}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -76,6 +76,27 @@ class Fitted:
         """Columns that predictions are made from; None where the training table had no names."""
         names = getattr(self.regressor, "feature_names_in_", None)
         return None if names is None else [str(name) for name in names]
+
+    def chunks(
+        self, path: Path, *, text: Sequence[str] = (), targets: Sequence[str] = (), rows: int | None = None
+    ) -> Iterator[tuple[DataFrame, range]]:
+        """A table by chunks, with the numbers of their rows in the file; columns are read as in training.
+
+        Args:
+            path: The table.
+            text: Other columns, which are read as text.
+            targets: Columns that are read as numbers in any case.
+            rows: Rows of a chunk, `chunk_rows` by default.
+        """
+        from energyreg.tables import files as tablefiles
+
+        also = {name: "text" for name in text if name not in (self.columns or [])}
+        kinds = also | self.kinds | dict.fromkeys(targets, "number")
+        done = 0
+        for frame in tablefiles.read_chunks(path, rows=rows or self.chunk_rows, kinds=kinds, missing=self.missing):
+            frame.columns = [str(name) for name in frame.columns]
+            yield frame, range(done + 1, done + len(frame) + 1)
+            done += len(frame)
 
     def targets(self, given: Sequence[str] | None = None) -> list[str]:
         """Names of the target columns.

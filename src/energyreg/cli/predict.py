@@ -124,25 +124,22 @@ def _stream(
 
     from energyreg.tables import files as tablefiles
 
-    count = identifiers is None
+    count, done = identifiers is None, 0
     if identifiers is None:
         used = {*(fitted.columns or tablefiles.columns_of(data)), *targets, *fitted.facts.get("targets", [])}
         identifiers = [name for name in tablefiles.columns_of(data) if name not in used]
-    kinds = {name: "text" for name in identifiers if name not in (fitted.columns or [])} | fitted.kinds
     if not writer.is_stream and writer.path.resolve() == data.resolve():
         raise InputError(f"{data}: --output is the input; choose another file.")
     total = tablefiles.count_rows(data)
-    done = 0
     with Progress(what, "rows", total, not quiet, transient=True) as progress, writer:
-        for frame in tablefiles.read_chunks(data, rows=chunk_rows, kinds=kinds, missing=fitted.missing):
-            frame.columns = [str(name) for name in frame.columns]
+        for frame, numbers in fitted.chunks(data, text=identifiers, rows=chunk_rows):
             present(frame, identifiers, data, "--id names")
             x = fitted.inputs(frame, data, [*targets, *identifiers])
-            with fitted.about(data, x, targets, range(done + 1, done + len(frame) + 1)):
+            with fitted.about(data, x, targets, numbers):
                 columns = columns_of(frame, fitted.typed(x), done)
             if count:  # a column that is called as one of the predictions gives way
                 identifiers = [name for name in identifiers if name not in columns]
-                columns = columns if identifiers else {"row": range(done + 1, done + len(frame) + 1)} | columns
+                columns = columns if identifiers else {"row": numbers} | columns
             twice = [name for name in identifiers if name in columns]
             if twice:
                 raise InputError(f"--id {twice[0]}: the output has a column of this name already; rename it.")

@@ -87,20 +87,16 @@ def _some_rows(
     import numpy as np
     import pandas
 
-    from energyreg.tables import files as tablefiles
+    from energyreg.tables.files import CHUNK_ROWS
 
     rng = np.random.default_rng(seed)
     kept: DataFrame | None = None
     keys = np.empty(0)
-    done = 0
-    also = {} if identifier is None or identifier in (fitted.columns or []) else {identifier: "text"}
-    kinds = also | fitted.kinds | dict.fromkeys(names, "number")
-    for frame in tablefiles.read_chunks(data, kinds=kinds, missing=fitted.missing):
-        frame.columns = [str(name) for name in frame.columns]
-        present(frame, [identifier] if identifier else [], data, "--id names")
-        target_columns(frame, names, data, done)
-        frame.index = pandas.RangeIndex(done + 1, done + len(frame) + 1)
-        done += len(frame)
+    also = [] if identifier is None else [identifier]
+    for frame, numbers in fitted.chunks(data, text=also, targets=names, rows=CHUNK_ROWS):
+        present(frame, also, data, "--id names")
+        target_columns(frame, names, data, numbers[0] - 1)
+        frame.index = pandas.RangeIndex(numbers.start, numbers.stop)
         keys = np.concatenate([keys, rng.random(len(frame))])
         kept = frame if kept is None else pandas.concat([kept, frame])
         if len(kept) > limit:
@@ -109,4 +105,4 @@ def _some_rows(
     assert kept is not None
     if len(kept) < 2:
         raise InputError(f"{data}: the table has one row; a report needs at least 2, and better 100.")
-    return kept, done
+    return kept, numbers[-1]
