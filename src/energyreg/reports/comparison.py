@@ -11,7 +11,7 @@ import numpy as np
 
 from energyreg import plots
 from energyreg.reports.content import Drawing, Section, SectionedReport, Table
-from energyreg.reports.drawings import interval_drawings, pit_drawing, tall_log_partition
+from energyreg.reports.drawings import interval_drawings, pit_drawing, region_in_words, tall_log_partition
 from energyreg.reports.numbers import number, small
 
 if TYPE_CHECKING:
@@ -152,17 +152,7 @@ class Report:
 
 
 def sections_of(report: Report) -> SectionedReport:
-    """Lay a comparison out as a page of sections.
-
-    Args:
-        report: What to show.
-
-    Returns:
-        The page.
-
-    Raises:
-        ValueError: `report` has no models, or numbers of examples that differ.
-    """
+    """A comparison as a page of sections; ValueError where it has no models, or numbers of examples that differ."""
     if not report.models:
         raise ValueError("report has no models. Pass at least one ModelResult.")
     for model in report.models:
@@ -194,17 +184,14 @@ def sections_of(report: Report) -> SectionedReport:
 
 
 def _scores(report: Report) -> Section:
+    def shown(score: Score, model: ModelResult) -> str:
+        return score.show(model.scores[score.key]) if score.key in model.scores else "–"
+
     values = {model.name: model.scores for model in report.models}
     rows = [
         [
             {"text": model.name, "note": model.description, "model": index},
-            *(
-                {
-                    "text": score.show(model.scores[score.key]) if score.key in model.scores else "–",
-                    "best": score.is_best(model.name, values),
-                }
-                for score in report.scores
-            ),
+            *({"text": shown(score, model), "best": score.is_best(model.name, values)} for score in report.scores),
         ]
         for index, model in enumerate(report.models)
     ]
@@ -220,21 +207,15 @@ def _density(report: Report, row: int) -> Drawing:
     example = report.examples[row]
     models = {model.name: model.examples for model in report.models}
     observed = [example.y for example in report.examples]
-
-    def draw() -> Figure:
-        return plots.densities(models, observed, rows=[row], level=report.level, label=report.target, columns=1)
-
-    regions = []
-    for name, p in models.items():
-        intervals = p.highest_density_region(report.level).intervals
-        assert intervals is not None
-        parts = " and ".join(f"{number(float(low), 3)} to {number(float(high), 3)}" for low, high in intervals[row])
-        regions.append(f"{name}: {report.level:.0%} region {parts}")
-    alternative = (
+    regions = [f"{name}: {region_in_words(p, row, report.level, lambda v: number(v, 3))}" for name, p in models.items()]
+    return Drawing(
+        lambda: plots.densities(
+            models, observed, rows=[row], level=report.level, label=report.target, columns=1
+        ),
         f"{example.title}. Predicted densities of {report.target}. {'; '.join(regions)}. "
-        f"Observed: {number(example.y, 3)}."
-    )
-    return Drawing(draw, alternative, example.title, example.note)
+        f"Observed: {number(example.y, 3)}.",
+        example.title, example.note,
+    )  # fmt: skip
 
 
 def _calibration(report: Report) -> Section:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from energyreg.reports.content import Drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from energyreg.models.predictive import PredictiveDistribution
 
 Array = NDArray[np.float64]
 
@@ -54,6 +56,14 @@ def interval_drawings(pits: Mapping[str, Array], suffix: str = "") -> list[Drawi
             f"The difference, enlarged{suffix}",
         ),
     ]  # fmt: skip
+
+
+def region_in_words(p: PredictiveDistribution, row: int, level: float, show: Callable[[float], str]) -> str:
+    """The smallest region of a row: "90% region 1 to 2 and 3 to 4"."""
+    intervals = p.highest_density_region(level).intervals
+    assert intervals is not None
+    parts = " and ".join(f"{show(float(low))} to {show(float(high))}" for low, high in intervals[row])
+    return f"{level:.0%} region {parts}"
 
 
 def tall_log_partition(diagnostics: Any, *, reference: Any = None, index: int = 0) -> Figure:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import base64
 import io
-import keyword
 import os
 import re
-import tokenize
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -102,35 +101,18 @@ def write(
     *,
     progress: Callable[[int], None] = lambda figures: None,
 ) -> Path:
-    """Render the page into a file, all or nothing.
+    """Render the page into a file, all or nothing, and return its path; a missing folder is made.
 
-    Args:
-        report: What to show.
-        path: The file; its folder is made where it is missing.
-        progress: Called with 1 after each figure.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: The folder cannot be made or written to.
+    Args and errors are those of :func:`render`, and OSError where the file cannot be written.
     """
-    path = Path(path)
-    page = render(report, progress=progress)
-    write_atomically(path, page.encode())
-    return path
+    write_atomically(Path(path), render(report, progress=progress).encode())
+    return Path(path)
 
 
 def _svg(draw: Any, alternative: str, name: str) -> Any:
-    """Draw a figure into inline SVG that takes its colours and typeface from the page.
+    """Draw a figure as inline SVG that takes its colours and typeface from the page.
 
-    Args:
-        draw: Makes the figure; called inside the page's Matplotlib settings.
-        alternative: What the picture shows, in words.
-        name: Unique in the page; the prefix of all ids inside.
-
-    Returns:
-        The `<svg>` element, as markup that needs no escaping.
+    The name is unique in the page: the prefix of all ids inside. What `draw` shows, the alternative says in words.
     """
     try:
         import matplotlib
@@ -194,32 +176,15 @@ def _write_out_numbers(figure: Any) -> None:
 def _highlight(code: str) -> Any:
     """Python source as HTML with its keywords, strings, numbers and comments marked."""
     from markupsafe import Markup, escape
+    from pygments.lexers import PythonLexer
+    from pygments.token import Comment, Keyword, Number, Operator, String
 
-    lines = code.splitlines(keepends=True)
-    parts: list[str] = []
-    row, column = 1, 0
-
-    def copy_until(end: tuple[int, int]) -> None:
-        nonlocal row, column
-        while row < end[0]:
-            parts.append(str(escape(lines[row - 1][column:])))
-            row, column = row + 1, 0
-        if row <= len(lines):
-            parts.append(str(escape(lines[row - 1][column : end[1]])))
-        column = end[1]
-
-    kinds = {tokenize.COMMENT: "comment", tokenize.STRING: "string", tokenize.NUMBER: "number"}
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(code).readline):
-            kind = kinds.get(token.type)
-            if token.type == tokenize.NAME and keyword.iskeyword(token.string):
-                kind = "keyword"
-            copy_until(token.start)
-            if kind:
-                parts.append(f'<span class="{kind}">')
-            copy_until(token.end)
-            if kind:
-                parts.append("</span>")
-    except (tokenize.TokenError, SyntaxError):
-        return escape(code)  # a fragment that is no complete Python: shown as it is
+    kinds = {Keyword: "keyword", Operator.Word: "keyword", String: "string", Number: "number", Comment: "comment"}
+    parts = []
+    for kind, tokens in groupby(
+        PythonLexer(stripnl=False).get_tokens(code),
+        lambda token: next((kind for family, kind in kinds.items() if token[0] in family), ""),
+    ):
+        text = escape("".join(text for _, text in tokens))
+        parts.append(f'<span class="{kind}">{text}</span>' if kind else text)
     return Markup("".join(parts).rstrip())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,9 @@ from energyreg.evaluation.scores import QUANTILES
 from energyreg.images.reading import thumbnail
 from energyreg.inference.modes import Modes
 from energyreg.reports.content import Drawing, Gallery, GalleryItem, Section, Table
+from energyreg.reports.drawings import region_in_words
 from energyreg.reports.numbers import minus, number
 from energyreg.reports.rows import LEVEL, MODEL, Array, ReportRows, shown_value
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN_IMAGES, THUMBNAIL = 6, 128
 """Images of each kind that are shown first, and their largest side in pixels."""
@@ -145,20 +143,12 @@ def _one_density(rows: ReportRows, row: int, title: str, note: str) -> Drawing:
                 title, note,
             )  # fmt: skip
     p = rows.regressor.predict_distribution(one_row)
-    intervals = p.highest_density_region(LEVEL).intervals
-    assert intervals is not None
-    region = " and ".join(f"{rows.place(float(low))} to {rows.place(float(high))}" for low, high in intervals[0])
-
-    def draw() -> Figure:
-        return plots.densities({MODEL: p}, [observed], level=LEVEL, label=target, columns=1, circle=rows.circle(0))
-
     return Drawing(
-        draw,
-        f"Predicted density of {target} for row {rows.numbers[row]}. 90% region {region}. "
+        lambda: plots.densities({MODEL: p}, [observed], level=LEVEL, label=target, columns=1, circle=rows.circle(0)),
+        f"Predicted density of {target} for row {rows.numbers[row]}. {region_in_words(p, 0, LEVEL, rows.place)}. "
         f"Observed: {number(observed)}.",
-        title,
-        note,
-    )
+        title, note,
+    )  # fmt: skip
 
 
 def _joint_density(rows: ReportRows, row: int, title: str, note: str) -> Drawing:
@@ -195,18 +185,15 @@ def surprises(rows: ReportRows, keys: Mapping[int, str]) -> Section:
     """The rows whose observed value got the least density."""
     model = rows.scores.model
     lines = []
-    for row in rows.surprising[:SURPRISING]:
-        for d in range(len(rows.targets)):
-            mean, pit, log_p = float(rows.y[row, d] + model.error[row, d]), float(model.pit[row, d]), -model.nll[row]
-            lines.append(
-                [
-                    _heading(rows, row, keys, rows.suffix(d)),
-                    {"text": number(rows.y[row, d]), "sort": float(rows.y[row, d])},
-                    {"text": rows.place(mean, d), "sort": mean},
-                    {"text": _below(pit, rows.one), "sort": pit},
-                    {"text": minus(f"{log_p:.2f}"), "sort": max(float(log_p), -1e300)},
-                ]
-            )
+    for row, d in product(rows.surprising[:SURPRISING], range(len(rows.targets))):
+        mean, pit, log_p = float(rows.y[row, d] + model.error[row, d]), float(model.pit[row, d]), -model.nll[row]
+        lines.append([
+            _heading(rows, row, keys, rows.suffix(d)),
+            {"text": number(rows.y[row, d]), "sort": float(rows.y[row, d])},
+            {"text": rows.place(mean, d), "sort": mean},
+            {"text": _below(pit, rows.one), "sort": pit},
+            {"text": minus(f"{log_p:.2f}"), "sort": max(float(log_p), -1e300)},
+        ])  # fmt: skip
     headings = ["Row", "Observed", "Predicted mean", "Probability below", "log p" if rows.one else "log p (joint)"]
     return Section(
         "surprises", "Most surprising rows",
@@ -243,13 +230,7 @@ def _modes_of_counts(values: Array, shares: Array) -> Modes:
             mass = [float(row[a:b].sum()) for a, b in pairwise(edges)]
             if len(peaks) == 1:
                 break
-            depth = [
-                min(
-                    height[peak] - height[valley]
-                    for valley in ([valleys[i - 1]] if i else []) + ([valleys[i]] if i < len(valleys) else [])
-                )
-                for i, peak in enumerate(peaks)
-            ]
+            depth = [height[p] - height[valleys[max(i - 1, 0) : i + 1]].max() for i, p in enumerate(peaks)]
             weak = [i for i in range(len(peaks)) if depth[i] < PROMINENCE or mass[i] < LEAST_PROBABILITY]
             if not weak:
                 break
@@ -278,13 +259,12 @@ def several_modes(rows: ReportRows, modes: Modes, several: Sequence[int], keys: 
             parts = [rows.place(part, d) for d, part in enumerate(value)]
             return parts[0] if rows.one else f"({', '.join(parts)})"
 
-        places = "; ".join(f"{at(value)} ({share:.0%})" for value, share in pairs)
         count = len(modes.values[row])
-        observed = at(rows.y[row].tolist())
-        second = float(modes.probabilities[row][1])
-        lines.append(
-            [_heading(rows, row, keys), {"text": str(count), "sort": count}, {"text": places, "sort": second}, observed]
-        )
+        places = "; ".join(f"{at(value)} ({share:.0%})" for value, share in pairs)
+        lines.append([
+            _heading(rows, row, keys), {"text": str(count), "sort": count},
+            {"text": places, "sort": float(modes.probabilities[row][1])}, at(rows.y[row].tolist()),
+        ])  # fmt: skip
     looked_at = len(modes.values)
     share = len(several) / looked_at
     text = f"{len(several):,} of {looked_at:,} rows ({share:.1%}) have a density with more than one mode."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -265,26 +265,23 @@ def groups(rows: ReportRows) -> Section:
     by: list[str] = []
     outputs: list[str] = []
     lines: list[list[Any]] = []
-    for column, groups in _columns_of_groups(rows).items():
-        for name, chosen in groups:
-            count = int(chosen.sum())
-            if count == 0:
-                continue
-            for d, target in enumerate(rows.targets):
-                by.append(column)
-                outputs.append(target)
-                cells: list[Any] = [name, {"text": f"{count:,}", "sort": count}]
-                for i, level in enumerate(LEVELS):
-                    share = float(model.inside[chosen, i, d].mean())
-                    cells.append({"text": marked(share, *by_chance(count, level)), "sort": share})
-                width = float(model.width[chosen, LEVELS.index(LEVEL), d].mean())
-                error = float(np.abs(model.median_error[chosen, d]).mean())
-                nll = float(model.nll[chosen].mean())
-                cells += [
-                    {"text": number(width), "sort": width}, {"text": number(error), "sort": error},
-                    {"text": minus(f"{nll:.3f}"), "sort": nll},
-                ]  # fmt: skip
-                lines.append(cells)
+    found = [(column, *group) for column, groups in _columns_of_groups(rows).items() for group in groups]
+    for (column, name, chosen), (d, target) in product(found, enumerate(rows.targets)):
+        count = int(chosen.sum())
+        if count == 0:
+            continue
+        by.append(column)
+        outputs.append(target)
+        shares = zip(LEVELS, model.inside[chosen, :, d].mean(0).tolist(), strict=True)
+        width = float(model.width[chosen, LEVELS.index(LEVEL), d].mean())
+        error = float(np.abs(model.median_error[chosen, d]).mean())
+        nll = float(model.nll[chosen].mean())
+        lines.append([
+            name, {"text": f"{count:,}", "sort": count},
+            *({"text": marked(share, *by_chance(count, level)), "sort": share} for level, share in shares),
+            {"text": number(width), "sort": width}, {"text": number(error), "sort": error},
+            {"text": minus(f"{nll:.3f}"), "sort": nll},
+        ])  # fmt: skip
     headings = ["Group", "Rows", *[f"{level:.0%}" for level in LEVELS], "Width (90%)", "MAE", "NLL"]
     filters = {"Groups by": by} | ({} if rows.one else {"Output": outputs})
     more = len(rows.importances) - GROUP_COLUMNS
@@ -301,9 +298,8 @@ def groups(rows: ReportRows) -> Section:
 
 def _columns_of_groups(rows: ReportRows) -> dict[str, list[tuple[str, NDArray[np.bool_]]]]:
     """What rows are grouped by → groups with their rows."""
-    width = rows.uncertainty
-    order = np.argsort(np.argsort(width, kind="stable"))
-    quarter = np.minimum(4 * order // max(len(width), 1), 3)
+    order = np.argsort(np.argsort(rows.uncertainty, kind="stable"))
+    quarter = np.minimum(4 * order // max(len(order), 1), 3)
     names = ("Most certain quarter", "Second quarter", "Third quarter", "Least certain quarter")
     groups = {"certainty of the model": [(name, quarter == number) for number, name in enumerate(names)]}
     for column in list(rows.importances)[:GROUP_COLUMNS]:

@@ -9,13 +9,7 @@ import numpy as np
 import torch
 
 from energyreg import plots
-from energyreg.evaluation import (
-    JointScores,
-    LinearForecast,
-    evaluate,
-    evaluate_jointly,
-    permutation_importance,
-)
+from energyreg.evaluation import JointScores, LinearForecast, evaluate, evaluate_jointly, permutation_importance
 from energyreg.evaluation.compare import SCREENING_ROWS
 from energyreg.reports import row_sections, score_sections
 from energyreg.reports.content import Drawing, Section, SectionedReport, Table
@@ -155,9 +149,8 @@ def _data(rows: ReportRows) -> Section:
                 values = "nothing"
             lines.append([str(name), what, {"text": missing, "sort": float(series.isna().mean())}, values])
     if rows.images is not None:
-        lines.append(
-            [str(rows.table.columns[0]), "image", {"text": "none", "sort": 0.0}, f"{len(rows.images):,} files"]
-        )
+        name = str(rows.table.columns[0])
+        lines.append([name, "image", {"text": "none", "sort": 0.0}, f"{len(rows.images):,} files"])
     drawings = []
     for d, name in enumerate(rows.targets):
         low, middle, high = (number(float(v)) for v in np.quantile(rows.y[:, d], [0.05, 0.5, 0.95]))
@@ -169,9 +162,8 @@ def _data(rows: ReportRows) -> Section:
             )
         )
     count = len(rows.y)
-    text = f"{count:,} rows were looked at" + (
-        f", chosen at random from {rows.total:,}." if rows.total > count else ", all of the table."
-    )
+    origin = f"chosen at random from {rows.total:,}" if rows.total > count else "all of the table"
+    text = f"{count:,} rows were looked at, {origin}."
     bounds = [
         f"{what} from the first {limit:,}"
         for what, limit in (
@@ -210,9 +202,10 @@ def _partition(rows: ReportRows) -> Section:
     count = min(len(rows.y), PARTITION_ROWS)
     regressor = rows.regressor
     diagnostics = regressor.predict_distribution(rows.table.iloc[:count]).diagnostics
-    error = diagnostics.log_partition_stderr.double().cpu().numpy()
-    k = diagnostics.pareto_k.double().cpu().numpy()
-    size = diagnostics.effective_sample_size.double().cpu().numpy()
+    error, k, size = (
+        part.double().cpu().numpy()
+        for part in (diagnostics.log_partition_stderr, diagnostics.pareto_k, diagnostics.effective_sample_size)
+    )
     paragraphs = [
         "The model learns f(x, y), a log-density up to a constant; p(y|x) = exp f(x, y) / Z(x) needs the integral Z(x) "
         "over y. These numbers say how well it is known."
@@ -226,6 +219,14 @@ def _partition(rows: ReportRows) -> Section:
         paragraphs.append(
             "With one output the integral is a sum over adaptive cells; its error is a half-sample estimate, from two "
             "interleaved halves of them."
+        )
+        some = regressor.predict_distribution(rows.table.iloc[: min(count, GRID_ROWS)])
+        ends = some.quantile(torch.tensor([1e-5, 1 - 1e-5], dtype=torch.double)).double().reshape(2, -1)
+        grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, GRID, dtype=torch.double)[:, None]
+        mass = torch.trapezoid(some.log_prob(grid[..., None]).double().exp(), grid, dim=0).numpy()
+        facts["Independent check"] = (
+            f"summed over a plain grid of {GRID:,} points, the densities of {len(mass)} rows hold a probability of "
+            f"{mass.min():.4f} to {mass.max():.4f}; 1 is right"
         )
         digits = np.log10(np.maximum(error, 1e-16))
         drawing = Drawing(
@@ -241,15 +242,6 @@ def _partition(rows: ReportRows) -> Section:
             f"log Z of some of {count:,} rows with bars of two standard errors, Pareto k̂ and effective sample size. "
             f"Pareto k̂ is {facts['Pareto k̂']}; the effective sample size is {facts['Effective sample size']}.",
             "log Z and its diagnostics",
-        )
-    if rows.one:
-        some = regressor.predict_distribution(rows.table.iloc[: min(count, GRID_ROWS)])
-        ends = some.quantile(torch.tensor([1e-5, 1 - 1e-5], dtype=torch.double)).double().reshape(2, -1)
-        grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, GRID, dtype=torch.double)[:, None]
-        mass = torch.trapezoid(some.log_prob(grid[..., None]).double().exp(), grid, dim=0).numpy()
-        facts["Independent check"] = (
-            f"summed over a plain grid of {GRID:,} points, the densities of {len(mass)} rows hold a probability of "
-            f"{mass.min():.4f} to {mass.max():.4f}; 1 is right"
         )
     return Section(
         "partition", "Can log Z be trusted?", paragraphs, drawings=[drawing], facts=facts, short="Trust in log Z"
