@@ -3,6 +3,11 @@
 A loader of images returns a task: files (or arrays), targets with names and units, and what must stay together in a
 split. Head poses are always (yaw, pitch, roll), with the signs of AFLW2000's files, in radians unless you ask for
 degrees. Each loader's docstring names the source, the licence and the traps of its data.
+
+All loaders raise FileNotFoundError where there is no such file or folder, or where one that belongs to another is
+missing (the image that a table names, the labels of an image); ImportError where the library that reads such files is
+not installed (Pillow, h5py or SciPy); and ValueError where there is nothing to load, a file is damaged, or something
+that it should hold is missing, out of range or of another shape. The message names the file, and the row if any.
 """
 
 from energyreg.datasets.aflw import load_300w_lp, load_aflw2000, load_aflw2000_landmarks

@@ -43,11 +43,6 @@ def load_aflw2000(path: PathLike, *, units: AngleUnit = "radians", limit: float 
 
     Returns:
         Files in natural order, with targets (yaw, pitch, roll).
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a picture has no `.mat`.
-        ImportError: SciPy is not installed.
-        ValueError: There are no pictures, or a `.mat` is damaged or lacks `Pose_Para`.
     """
     folder = existing_folder(path, "AFLW2000's folder of imageXXXXX.jpg with .mat")
     files = pictures(folder)
@@ -76,11 +71,6 @@ def load_300w_lp(path: PathLike, *, units: AngleUnit = "radians", limit: float |
 
     Returns:
         Files in natural order by folder, with targets (yaw, pitch, roll); `groups` is the photograph.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a picture has no `.mat`.
-        ImportError: SciPy is not installed.
-        ValueError: There are no pictures, or a `.mat` is damaged or lacks `Pose_Para`.
     """
     folder = existing_folder(path, "300W-LP's folder, with AFW, HELEN, IBUG and LFPW in it")
     files: list[Path] = []
@@ -98,12 +88,7 @@ def load_300w_lp(path: PathLike, *, units: AngleUnit = "radians", limit: float |
 
 
 def _poses(
-    files: list[Path],
-    units: AngleUnit,
-    limit: float | None,
-    source: str,
-    licence: str,
-    groups: NDArray[np.str_] | None,
+    files: list[Path], units: AngleUnit, limit: float | None, source: str, licence: str, groups: NDArray[np.str_] | None
 ) -> ImageTask:
     """The task of pictures with a `.mat` beside each."""
     radians = np.empty((len(files), 3))
@@ -140,10 +125,6 @@ def load_aflw2000_landmarks(
     Returns:
         Landmarks (x, y) in pixels of the 450×450 picture, float64, shape (N, 68, 2), with targets (yaw, pitch, roll);
         `groups` is the picture's name.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A column is missing, or a value is no finite number.
     """
     columns = [f"{axis}{k}" for k in range(NUM_LANDMARKS) for axis in "xy"]
     rows = read_csv(path, ["image", *POSE, *columns], "landmarks of AFLW2000")

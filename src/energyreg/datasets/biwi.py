@@ -61,10 +61,6 @@ def load_biwi(
 
     Returns:
         Frames in order, targets (yaw, pitch, roll), `time` the number of the frame in its sequence.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a frame has no pose.
-        ValueError: There are no sequences, a sequence has no frames, or a pose file is broken.
     """
     _check_group(group)
     folder = existing_folder(path, "the folder of BIWI's sequences 01 to 24")
@@ -142,10 +138,6 @@ def load_biwi_npz(path: PathLike, *, units: AngleUnit = "radians", bgr: bool = T
 
     Returns:
         Images as uint8, shape (N, 3, 64, 64), RGB, with targets (yaw, pitch, roll); `time` is the row's number.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, lacks `image` or `pose`, or has other shapes.
     """
     what = "crops of BIWI"
     image, pose = read_npz(path, ["image", "pose"], what)
@@ -203,10 +195,6 @@ def load_headpose_features(
 
     Returns:
         Features, float32, shape (N, 88), with targets (yaw, pitch, roll); `time` is the row's number in the file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or has other arrays, or the frames beside it do not fit.
     """
     _check_group(group)
     path = Path(path)

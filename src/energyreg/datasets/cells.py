@@ -38,11 +38,6 @@ def load_vgg_cells(path: PathLike) -> CountTask:
 
     Returns:
         Images in natural order, with the number of cells.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or an image has no dots.
-        ImportError: Pillow is not installed.
-        ValueError: There are no images, or an image of dots is broken.
     """
     folder = existing_folder(path, "the VGG cells' folder of 001cell.png with 001dots.png")
     files = sorted(folder.glob("*cell.png"), key=natural_key)
@@ -73,11 +68,6 @@ def load_mbm_cells(path: PathLike) -> CountTask:
 
     Returns:
         Images in natural order, with the number of cells; `groups` is the person ("0001").
-
-    Raises:
-        FileNotFoundError: There is no such folder, or an image has no dots.
-        ImportError: Pillow is not installed.
-        ValueError: There are no images, or an image of dots is broken.
     """
     folder = existing_folder(path, "MBM's folder of BM_GRAZ_HE_0001_01_000.png with dots")
     found = pictures(folder, PICTURES)
@@ -119,11 +109,6 @@ def load_adipocytes(path: PathLike) -> CountTask:
 
     Returns:
         Images in natural order, with the number of cells; `groups` is the donor ("GTEX-13QJC").
-
-    Raises:
-        FileNotFoundError: There is no such folder, or an image has no dots.
-        ImportError: Pillow is not installed.
-        ValueError: There are no images, a name does not tell the donor, or an image of dots is broken.
     """
     folder = existing_folder(path, "the adipocytes' folder, with images and annotations in it")
     images = existing_folder(folder / "images", "the adipocytes' images")
@@ -174,11 +159,6 @@ def load_cell200(path: PathLike, *, part: str | None = None) -> ArrayTask:
 
     Returns:
         Images as uint8, shape (N, 1, H, W), with the number of cells.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ImportError: h5py is not installed.
-        ValueError: The file is damaged, lacks an array, or has other shapes.
 
     Source:
         Ding et al., CcGAN, ICLR 2021 (github.com/UBCDingXin/improved_CcGAN); Gustafsson et al., AISTATS 2022.

@@ -51,10 +51,6 @@ def load_donkeycar(path: PathLike, *, targets: Sequence[str] = ("angle",)) -> Im
     Returns:
         Frames by session and index, with the angle as the fraction of full lock, in [-1, 1], to the right where
         positive; `groups` is the session, `time` the index of the record.
-
-    Raises:
-        FileNotFoundError: There is no such folder, no record in it, or a frame is missing.
-        ValueError: A record is broken, or an action is outside [-1, 1]; the file and the record are named.
     """
     wanted = tuple(targets)
     if not wanted or set(wanted) - set(ACTIONS) or len(set(wanted)) < len(wanted):

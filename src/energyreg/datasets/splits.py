@@ -147,17 +147,11 @@ def _far_from_others(
         return keep
     order = np.lexsort((time, group))
     g, t, p = group[order], time[order], part[order]
-    n = len(t)
-    # Going one way, the nearest earlier row of another part is the last row before the current run of one part.
-    for step in (1, -1):
-        last = None
-        for i in range(n) if step == 1 else range(n - 1, -1, -1):
-            before = i - step
-            if 0 <= before < n and g[before] == g[i]:
-                if p[before] != p[i]:
-                    last = t[before]
-            else:
-                last = None
-            if last is not None and abs(t[i] - last) <= gap:
-                keep[order[i]] = False
+    # The nearest row of another part, on either side, is the one beside the run of rows of one part in one group.
+    starts = np.flatnonzero((np.diff(g) != 0) | (np.diff(p) != 0)) + 1
+    edges = np.concatenate([[0], starts, [len(t)]])
+    run = np.searchsorted(starts, np.arange(len(t)), side="right")
+    for beside in (edges[run] - 1, edges[run + 1]):
+        there = beside.clip(0, len(t) - 1)
+        keep[order] &= (beside != there) | (g[there] != g) | (np.abs(t - t[there]) > gap)
     return keep

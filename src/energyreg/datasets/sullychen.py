@@ -47,10 +47,6 @@ def load_sullychen(path: PathLike, *, units: AngleUnit = "radians") -> ImageTask
 
     Returns:
         Frames in the order of the file, with the wheel's angle; `time` is the number of the line, from 0.
-
-    Raises:
-        FileNotFoundError: There is no such folder, no `data.txt`, or a frame is missing.
-        ValueError: A line is broken, or the file is empty.
     """
     folder = existing_folder(path, "SullyChen's folder, with data.txt in it")
     if (folder / "labels.csv").is_file():
@@ -68,10 +64,7 @@ def load_sullychen(path: PathLike, *, units: AngleUnit = "radians") -> ImageTask
             raise ValueError(f"{table} is empty; expected lines 'FILE ANGLE'.")
         names, text = [fields[0] for _, fields in pairs], [fields[1].split(",")[0] for _, fields in pairs]
     angles = numbers(text, table, "the angle")
-    return ImageTask(
-        files=[_frame(folder, name, table) for name in names],
-        **_fields(angles, units),
-    )
+    return ImageTask(files=[_frame(folder, name, table) for name in names], **_fields(angles, units))
 
 
 def _fields(degrees: NDArray[np.float64], units: AngleUnit) -> dict[str, Any]:
@@ -106,16 +99,8 @@ def load_steering_h5(path: PathLike, *, units: AngleUnit = "degrees") -> ArrayTa
     Returns:
         Images as uint8, shape (N, 3, H, W), RGB, with the wheel's angle; `time` is the row's number in the file.
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ImportError: h5py is not installed.
-        ValueError: The file is damaged, lacks `images` or `labels`, or has other shapes.
-
     Source:
         Ding et al., CcGAN, ICLR 2021 (github.com/UBCDingXin/improved_CcGAN); Gustafsson et al., AISTATS 2022.
     """
     images, labels = read_h5_images(path, "CcGAN's steering angles")
-    return ArrayTask(
-        x=images,
-        **{**_fields(labels, units), "source": f"{SOURCE}; prepared by Ding et al., ICLR 2021"},
-    )
+    return ArrayTask(x=images, **{**_fields(labels, units), "source": f"{SOURCE}; prepared by Ding et al., ICLR 2021"})

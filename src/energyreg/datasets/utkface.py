@@ -56,10 +56,6 @@ def load_utkface(path: PathLike, *, on_error: Literal["raise", "skip"] = "raise"
 
     Returns:
         Files in natural order, with age in years.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a file that `labels.csv` names is missing.
-        ValueError: A name or label is broken, or there are no pictures.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'.")
@@ -81,12 +77,7 @@ def load_utkface(path: PathLike, *, on_error: Literal["raise", "skip"] = "raise"
         ages.append(float(match[1]))
     if not files:
         raise ValueError(f"{folder} holds no files of UTKFace, [age]_[gender]_[race]_[date].jpg.chip.jpg.")
-    return ImageTask(
-        files=files,
-        targets=np.array(ages)[:, None],
-        **FIELDS,
-        skipped=tuple(skipped),
-    )
+    return ImageTask(files=files, targets=np.array(ages)[:, None], **FIELDS, skipped=tuple(skipped))
 
 
 def _by_table(folder: Path) -> ImageTask:
@@ -113,11 +104,6 @@ def load_utkface_h5(path: PathLike, *, ages: tuple[int, int] | None = PAPER_IV) 
 
     Returns:
         Images as uint8, shape (N, 3, H, W), RGB, with age in years.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ImportError: h5py is not installed.
-        ValueError: The file is damaged, lacks `images` or `labels`, or has other shapes.
 
     Source:
         Ding et al., CcGAN, ICLR 2021 (github.com/UBCDingXin/improved_CcGAN); Gustafsson et al., AISTATS 2022.
