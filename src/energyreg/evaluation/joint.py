@@ -37,12 +37,7 @@ class JointScores:
 
 
 def evaluate_jointly(
-    regressor: DensityRegressor,
-    table: Any,
-    y: Array,
-    linear: LinearForecast | None = None,
-    *,
-    seed: int = 0,
+    regressor: DensityRegressor, table: Any, y: Array, linear: LinearForecast | None = None, *, seed: int = 0
 ) -> tuple[JointScores, JointScores, JointScores | None]:
     """Scores of several outputs together: of the model, of the marginals as if independent, and of the linear forecast.
 

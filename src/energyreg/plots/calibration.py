@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from energyreg.plots.style import COLORS, axes_of_size, colors_of, figure_of, flat, name_curves, neutral, styled
@@ -45,7 +45,7 @@ def pit_histogram(
         raise ValueError(f"bins is {bins}, but a histogram needs at least 2 bars.")
     ax = axes_of_size(ax, (3.5, 2.1))
     heights = np.histogram(values, bins, range=(0.0, 1.0))[0] * bins / len(values)
-    half = _normal_quantile((1 + level) / 2) * math.sqrt((bins - 1) / len(values))
+    half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((bins - 1) / len(values))
     ax.axhspan(max(0.0, 1 - half), 1 + half, color=neutral(ax), alpha=0.16, linewidth=0, zorder=0)
     ax.axhline(1.0, color=neutral(ax), linewidth=0.8, linestyle=(0, (3, 2)), zorder=1)
     ax.bar((np.arange(bins) + 0.5) / bins, heights, width=0.86 / bins, color=color, alpha=0.85, linewidth=0, zorder=2)
@@ -175,7 +175,3 @@ def _pit_values(values: Any, name: str) -> NDArray[np.float64]:
             "energyreg.evaluation.metrics.pit."
         )
     return pit
-
-
-def _normal_quantile(level: float) -> float:
-    return math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * level - 1, dtype=torch.float64)))

@@ -65,12 +65,7 @@ def learning_curves(
 
 @styled
 def log_partition(
-    diagnostics: Any,
-    *,
-    reference: Any = None,
-    max_rows: int = 60,
-    color: str = COLORS[2],
-    figure: Figure | None = None,
+    diagnostics: Any, *, reference: Any = None, max_rows: int = 60, color: str = COLORS[2], figure: Figure | None = None
 ) -> Figure:
     r"""Draw log Z of some rows with error bars of two standard errors, and its diagnostics below.
 

@@ -23,12 +23,7 @@ class TableFileError(ValueError):
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        reason: str,
-        *,
-        row: int | None = None,
-        column: str | None = None,
+        self, path: str | os.PathLike[str], reason: str, *, row: int | None = None, column: str | None = None
     ) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason, self.row, self.column = Path(path), reason, row, column

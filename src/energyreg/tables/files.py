@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -280,11 +279,6 @@ def _without(frame: DataFrame, missing: Sequence[str]) -> DataFrame:
         elif pandas.api.types.is_numeric_dtype(series.dtype) and numbers:
             frame[name] = series.mask(series.isin(numbers))
     return frame
-
-
-def _looks_like_dates(series: Any) -> bool:
-    known = series.dropna()
-    return len(known) > 0 and all(re.match(r"\d{4}-\d\d-\d\d", str(value)) for value in known.iloc[:20])
 
 
 def _parquet(
