@@ -11,7 +11,8 @@ from scipy import stats
 import energyreg as er
 from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
 from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real
-from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
+from energyreg.inference.importance import AdaptiveImportanceSampling, ImportanceSampling
+from energyreg.inference.integrators import AdaptiveQuadrature, StratifiedQuadrature
 from energyreg.networks.encoders import TableEncoder
 from energyreg.networks.heads import JointHead, SeparableHead
 from energyreg.networks.proposals import MixtureDensityNetwork
@@ -181,8 +182,10 @@ def test_importance_sampling_agrees_with_quadrature(space, name):
     f = model.energy(x)
     points = ImportanceSampling(20_000, stratified=False)(f, f.q, generator=torch.Generator().manual_seed(0))
     assert ((points.log_partition - exact).abs() <= 4 * points.log_partition_stderr + 1e-4).all()
-    sampled = model(x, integrator=ImportanceSampling(8192)).diagnostics
-    assert ((sampled.log_partition - exact).abs() <= 4 * sampled.log_partition_stderr + 1e-3).all()
+    for integrator in (ImportanceSampling(8192), AdaptiveImportanceSampling(2048, 2, 1024)):
+        sampled = model(x, integrator=integrator).diagnostics
+        assert ((sampled.log_partition - exact).abs() <= 4 * sampled.log_partition_stderr + 1e-3).all()
+        assert sampled.num_points == integrator.num_points(1)
 
 
 @pytest.mark.parametrize("name", ["marginal", "proposal", "joint"])

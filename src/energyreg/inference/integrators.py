@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from energyreg.checks import check_count
-from energyreg.densities.mixtures import GaussianMixture, draw
+from energyreg.densities.mixtures import GaussianMixture
 from energyreg.inference.cells import Cells
-from energyreg.inference.energy import AnyEnergy, ReferencedEnergy, require_reference
+from energyreg.inference.energy import ReferencedEnergy, require_reference
+from energyreg.inference.importance import AdaptiveImportanceSampling, ImportanceSampling
 from energyreg.inference.points import WeightedPoints
 from energyreg.randomness import random_like
 
-__all__ = ["AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
+__all__ = ["AdaptiveImportanceSampling", "AdaptiveQuadrature", "ImportanceSampling", "StratifiedQuadrature"]
 
 
 def graded(t: Tensor) -> Tensor:
@@ -79,6 +80,10 @@ class StratifiedQuadrature:
         """Nodes per dimension for D = dim."""
         return max(int(self.num_nodes ** (1 / dim) + 1e-9), 1)
 
+    def num_points(self, dim: int) -> int:
+        """Points per row for D = dim."""
+        return self.per_dimension(dim) ** dim
+
     def nodes(self, f: ReferencedEnergy, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Unit coordinates of the nodes, shape (G, 1, D), and their log-weights, shape (G, 1)."""
         f = require_reference(f, "Quadrature")
@@ -128,59 +133,6 @@ class StratifiedQuadrature:
 
 
 @dataclass(frozen=True)
-class ImportanceSampling:
-    r"""Importance sampling from the proposal, for any number of dimensions.
-
-    Args:
-        num_samples: Samples M per row.
-        stratified: Spread the samples evenly over the components of a mixture proposal (same distribution of each
-            sample, smaller variance).
-        quasi_random: Use scrambled Sobol points, shared by all rows, in place of independent ones, where q is a
-            :class:`~energyreg.networks.proposals.GaussianMixture`: smaller errors, and results that do not depend on
-            the batch.
-
-    Raises:
-        ValueError: If num_samples is not a whole number ≥ 1.
-    """
-
-    num_samples: int = 1024
-    stratified: bool = True
-    quasi_random: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_count("num_samples", self.num_samples)
-
-    def sample(self, q: Distribution, *, generator: torch.Generator | None = None) -> Tensor:
-        """Samples of q in model space, without gradient, shape (M, B, D)."""
-        if not isinstance(q, GaussianMixture):
-            return draw(q, self.num_samples, generator)
-        if self.quasi_random:
-            source = generator.device if generator is not None else "cpu"
-            seed = int(torch.randint(2**31, (), generator=generator, device=source))
-            sobol = torch.quasirandom.SobolEngine(q.num_uniforms, scramble=True, seed=seed)
-            uniforms = sobol.draw(self.num_samples, dtype=torch.double).clamp(1e-7, 1 - 1e-7)
-            return q.from_uniforms(uniforms.to(q.means))
-        return q.sample((self.num_samples,), generator=generator, stratified=self.stratified)
-
-    def __call__(
-        self, f: AnyEnergy, q: Distribution | None = None, *, generator: torch.Generator | None = None
-    ) -> WeightedPoints:
-        """Return the weighted points, in model space.
-
-        Raises:
-            ValueError: If there is no proposal.
-        """
-        if q is None:
-            raise ValueError(
-                "Importance sampling needs a proposal q, but the model has none; give it one, or use quadrature."
-            )
-        y = self.sample(q, generator=generator)
-        log_weights = f(y) - q.log_prob(y).detach() - math.log(self.num_samples)
-        return WeightedPoints(y, log_weights)
-
-
-@dataclass(frozen=True)
 class AdaptiveQuadrature:
     """Quadrature in one dimension for prediction: shared cells first, then own cells for the rows that need them.
 
@@ -211,6 +163,10 @@ class AdaptiveQuadrature:
             raise ValueError(f"tolerance is {self.tolerance}; expected a number > 0, in nats.")
         if not self.max_mass > 0:
             raise ValueError(f"max_mass is {self.max_mass}; expected a number > 0.")
+
+    def num_points(self, dim: int) -> int:
+        """Points per row; there is one dimension."""
+        return self.num_nodes
 
     def shared_cells(self, f: ReferencedEnergy) -> Cells:
         """The cells that all rows share."""

@@ -18,7 +18,8 @@ from energyreg.densities import ends
 from energyreg.densities.mixtures import GaussianMixture
 from energyreg.densities.spaces import TargetSpace
 from energyreg.inference.diagnostics import Diagnostics, diagnose
-from energyreg.inference.integrators import AdaptiveQuadrature, ImportanceSampling, StratifiedQuadrature
+from energyreg.inference.importance import AdaptiveImportanceSampling, ImportanceSampling
+from energyreg.inference.integrators import AdaptiveQuadrature, StratifiedQuadrature
 from energyreg.inference.modes import Modes, find_modes, highest, refine_in_user_units
 from energyreg.inference.nodes import Nodes
 from energyreg.inference.regions import intervals, threshold_at_level
@@ -27,7 +28,7 @@ from energyreg.modes import as_usual
 
 __all__ = ["KEPT_FRACTION", "Diagnostics", "HighestDensityRegion", "Modes", "PredictiveDistribution", "Rows"]
 
-Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSampling
+Integrator: TypeAlias = AdaptiveQuadrature | StratifiedQuadrature | ImportanceSampling | AdaptiveImportanceSampling
 
 COARSE = 1e-4
 """Spacing of floating-point numbers, relative to the targets' spread, above which rounding shows."""
@@ -171,16 +172,12 @@ class PredictiveDistribution(Distribution):
 
     def num_points(self) -> int:
         """Points per row."""
-        if isinstance(self.integrator, ImportanceSampling):
-            return self.integrator.num_samples
-        if isinstance(self.integrator, StratifiedQuadrature):
-            return self.integrator.per_dimension(self.dim) ** self.dim
-        return self.integrator.num_nodes
+        return self.integrator.num_points(self.dim)
 
     def block_rows(self) -> int:
         """Rows per block, by the memory budget."""
         f = self.energy(slice(0, 1))
-        count, shared = self.num_points(), not isinstance(self.integrator, ImportanceSampling)
+        count, shared = self.num_points(), isinstance(self.integrator, AdaptiveQuadrature | StratifiedQuadrature)
         if not shared and not isinstance(f.q, GaussianMixture):
             return BLOCK
         # Besides the energy itself: weights, masses and cumulative sums in double precision.
@@ -220,7 +217,10 @@ class PredictiveDistribution(Distribution):
         # Points shared by all rows need one seed; others get one per block of rows.
         shared = isinstance(f.q, GaussianMixture)
         generator = torch.Generator().manual_seed(self.seed if shared else self.seed + rows.start)
-        return replace(self.integrator, quasi_random=shared)(f, f.q, generator=generator)
+        sampler = self.integrator
+        if isinstance(sampler, ImportanceSampling):
+            sampler = replace(sampler, quasi_random=shared)
+        return sampler(f, f.q, generator=generator)
 
     @as_usual
     def gather(self, function: Callable[[RowBlock], Tensor], dim: int = 0) -> Tensor:
