@@ -34,9 +34,10 @@ from energyreg.densities.noise import GaussianNoise
 from energyreg.files import write_atomically
 from energyreg.inference.ascent import refine
 from energyreg.networks.proposals import MixtureDensityNetwork
+from energyreg.vision.boxes.corners import paired_iou
 from energyreg.vision.boxes.distribution import WINDOW, box_noise, inside
 from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
-from energyreg.vision.boxes.geometry import paired_iou
+from energyreg.vision.boxes.geometry import Boxes2D, by_coordinate
 from energyreg.vision.boxes.spaces import BoxSpace
 from energyreg.vision.pooling.roi_pool import Pyramid, roi_pool
 from experiments.claims import do_each, in_processes
@@ -249,7 +250,7 @@ class EnergyNetwork(nn.Module):
         def log_density(boxes: Tensor) -> Tensor:
             valid = window.contains(boxes)
             safe = torch.where(valid[..., None], boxes, scenes.reference)
-            valid = valid & inside(window.to_model(safe), WINDOW)
+            valid = valid & inside(window.to_model(safe), by_coordinate(Boxes2D(), WINDOW, "window"))
             return torch.where(valid, f(space.to_model(safe)) + space.log_abs_det_jacobian(safe), -torch.inf)
 
         return log_density

@@ -8,9 +8,9 @@ import sys
 
 from energyreg.aliases import FunctionsStay
 from energyreg.vision.boxes.batch import BoxBatch, BoxCollate
+from energyreg.vision.boxes.corners import check_boxes, paired_iou, variance_voting
 from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
 from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
-from energyreg.vision.boxes.geometry import check_boxes, paired_iou, variance_voting
 from energyreg.vision.boxes.postprocessing import Inference
 from energyreg.vision.boxes.spaces import BoxSpace
 from energyreg.vision.detection.average_precision import average_precision

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from energyreg.vision.boxes.corners import check_boxes, paired_iou, variance_voting
 from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
-from energyreg.vision.boxes.geometry import check_boxes, paired_iou, variance_voting
 from energyreg.vision.boxes.spaces import BoxSpace
 
 

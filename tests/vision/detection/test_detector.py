@@ -21,8 +21,8 @@ from energyreg.files import BOX_HEAD, CheckpointError
 from energyreg.models import checkpoint
 from energyreg.objectives import NCE
 from energyreg.vision.boxes.batch import BoxBatch, BoxCollate
+from energyreg.vision.boxes.corners import paired_iou, variance_voting
 from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
-from energyreg.vision.boxes.geometry import paired_iou, variance_voting
 from energyreg.vision.boxes.postprocessing import Inference
 from energyreg.vision.boxes.spaces import BoxSpace
 from energyreg.vision.detection.detector import EnergyDetector, WithDetectorLoss, add_energy_head
@@ -804,6 +804,7 @@ def test_what_cannot_be_used_is_refused() -> None:
         ({"voting": 0.02}, "num_samples is 0"),
         ({"voting": -0.1, "num_samples": 8}, "voting is -0.1"),
         ({"nms": 1.5}, "nms is 1.5"),
+        ({"window": (0.5, 0.0)}, "window is"),
     ):
         with pytest.raises(ValueError, match=message):
             Inference(**arguments)

@@ -9,14 +9,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from energyreg.vision.boxes.geometry import check_boxes, torchvision
+from energyreg.vision.boxes.corners import torchvision
+from energyreg.vision.boxes.geometry import Boxes2D, Geometry
 
 __all__ = ["BoxBatch", "BoxCollate", "check_image"]
 
 
 @dataclass
 class BoxBatch:
-    """Images, and which boxes of them a training step is about: the x that goes with the boxes y, shape (B, 4).
+    """Images, and which boxes of them a training step is about: the x that goes with the boxes y, shape (B, D).
 
     Attributes:
         images: Images (C, H, W) in [0, 1], as torchvision's detectors take them, of any sizes.
@@ -59,10 +60,12 @@ class BoxCollate:
     Args:
         num_classes: Classes that the detector knows, the background among them where it counts as one.
         first_label: Smallest label of an object: 1 where 0 is the background.
+        geometry: What the boxes are.
     """
 
     num_classes: int
     first_label: int = 1
+    geometry: Geometry = Boxes2D()  # noqa: RUF009 (it is frozen)
 
     def __call__(self, examples: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> tuple[BoxBatch, Tensor]:
         """Return the batch and its boxes, shape (B, 4).
@@ -85,7 +88,7 @@ class BoxCollate:
             if missing:
                 raise ValueError(f"The target of image {name} has no {missing[0]!r}, but {sorted(target)}.")
             own = _corners(target["boxes"])
-            check_boxes(own, (image.shape[-2], image.shape[-1]), image=name)
+            self.geometry.check(own, (image.shape[-2], image.shape[-1]), image=name)
             kinds = torch.as_tensor(target["labels"])
             self._check_labels(kinds, len(own), name)
             images.append(image)

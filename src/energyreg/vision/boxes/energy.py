@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from energyreg.checks import check_count
-from energyreg.vision.boxes.spaces import BoxSpace
+from energyreg.vision.boxes.geometry import Boxes2D, Geometry, Pooler, RelativeSpace
 
-__all__ = ["BoxEnergy", "BoxEnergyHead", "Pooler"]
+__all__ = ["BoxEnergy", "BoxEnergyHead"]
 
 POOL_BYTES = 2**28
 """Pooled features that are held at once; more boxes than fit go through the head in chunks."""
-
-
-class Pooler(Protocol):
-    """What an energy of boxes asks of the features of images."""
-
-    @property
-    def channels(self) -> int:
-        """Features C of a node."""
-        ...
-
-    def pool(self, boxes: Tensor, image: Tensor, output_size: int) -> Tensor:
-        """Features of boxes (R, 4) in pixels, of the images with these indices, shape (R, C, P, P)."""
-        ...
 
 
 class BoxEnergyHead(nn.Module):
@@ -77,10 +62,12 @@ class BoxEnergy:
     Args:
         head: Pooled features and classes to energies.
         pyramid: Feature maps of the images, which boxes are pooled from.
-        space: The coordinates, in pixels of the images as they were given.
+        space: The coordinates, of boxes in the images as they were given.
         image: Index of each box's image, shape (B,).
         labels: Class of each box, shape (B,).
-        ratio: Pixels of the resized image per pixel of the given one, along x, y, x, y, shape (B, 4).
+        ratio: What brings each box into the frame of the maps: pixels of the resized image per pixel of the given one,
+            along x, y, x, y, shape (B, 4).
+        geometry: What the boxes are.
         detector_loss: The detector's own loss of the batch, where it is fine-tuned jointly.
         pool_bytes: Pooled features that are held at once. Beyond it a training computes them a second time.
     """
@@ -89,26 +76,28 @@ class BoxEnergy:
         self,
         head: BoxEnergyHead,
         pyramid: Pooler,
-        space: BoxSpace,
+        space: RelativeSpace,
         image: Tensor,
         labels: Tensor,
         ratio: Tensor,
         *,
+        geometry: Geometry | None = None,
         detector_loss: Tensor | None = None,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
         self.head, self.pyramid, self.space = head, pyramid, space
         self.image, self.labels, self.ratio = image, labels, ratio
         self.detector_loss, self.pool_bytes = detector_loss, pool_bytes
-        self.periodic, self.batch_size = space.periodic, len(labels)
+        self.geometry = Boxes2D() if geometry is None else geometry
+        self.periodic, self.batch_size = self.geometry.periodic, len(labels)
         self.dtype, self.device = ratio.dtype, ratio.device
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Return f of shape (*S, B) for z of shape (*S, B, 4)."""
-        boxes = self.space.to_user(z) * self.ratio
+        """Return f of shape (*S, B) for z of shape (*S, B, D)."""
+        boxes = self.geometry.in_maps(self.space.to_user(z), self.ratio)
         shape = boxes.shape[:-1]
         rows = torch.arange(len(self.image), device=boxes.device).expand(shape).reshape(-1)
-        boxes = boxes.reshape(-1, 4)
+        boxes = boxes.reshape(-1, boxes.shape[-1])
         image, labels = self.image[rows], self.labels[rows]
         row_bytes = self.pyramid.channels * self.head.pool_size**2 * 4
         step = max(self.pool_bytes // row_bytes, 1)
@@ -125,4 +114,4 @@ class BoxEnergy:
         return torch.cat(values).view(shape)
 
     def _evaluate(self, boxes: Tensor, image: Tensor, labels: Tensor) -> Tensor:
-        return self.head(self.pyramid.pool(boxes, image, self.head.pool_size), labels)
+        return self.head(self.geometry.pool(self.pyramid, boxes, image, self.head.pool_size), labels)

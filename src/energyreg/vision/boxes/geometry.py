@@ -1,146 +1,202 @@
-"""Geometry of axis-parallel boxes: overlap, votes between them, and what an annotated box must be."""
+"""What a box is: the one object by which energies, densities, refinement and postprocessing know their boxes.
+
+:class:`Geometry` is the contract, and :class:`Boxes2D` is that of upright boxes in an image. Boxes with a heading,
+or in a point cloud, are further instances; nothing else in this room changes for them.
+"""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_boxes", "paired_iou", "torchvision", "variance_voting"]
+from energyreg.densities.noise import GaussianNoise
+from energyreg.vision.boxes.corners import check_boxes, paired_iou, torchvision, variance_voting
+from energyreg.vision.boxes.spaces import BoxSpace
 
-OUTSIDE = 1.0
-"""Pixels that an annotated box may reach beyond its image: annotation tools round."""
-
-
-SMALLEST_STDDEV = 1e-3
-"""Pixels; a smaller standard deviation counts as this in a vote, so that one of 0 has no infinite weight."""
+__all__ = ["Boxes2D", "Geometry", "Pooler", "RelativeSpace", "by_coordinate"]
 
 
-def torchvision() -> ModuleType:
-    """torchvision, imported when it is needed.
+class RelativeSpace(Protocol):
+    """Coordinates of boxes relative to B reference boxes, which are at 0 themselves: model space.
+
+    An angle of model space is one of the box, at the same place in both, in radians.
+    """
+
+    @property
+    def reference(self) -> Tensor:
+        """The reference boxes, shape (B, D)."""
+        ...
+
+    def to_model(self, boxes: Tensor, /) -> Tensor:
+        """Boxes to model space, both of shape (*S, B, D)."""
+        ...
+
+    def to_user(self, z: Tensor, /) -> Tensor:
+        """Points of model space to boxes, both of shape (*S, B, D)."""
+        ...
+
+    def log_abs_det_jacobian(self, boxes: Tensor, /) -> Tensor:
+        """log |det dz/dy| at boxes, (*S, B, D) to (*S, B)."""
+        ...
+
+    def contains(self, boxes: Tensor, /) -> Tensor:
+        """Which boxes are finite and have positive sides, (*S, B, D) to (*S, B)."""
+        ...
+
+
+class Pooler(Protocol):
+    """What an energy of boxes asks of the features of images."""
+
+    @property
+    def channels(self) -> int:
+        """Features C of a node."""
+        ...
+
+    def pool(self, boxes: Tensor, image: Tensor, output_size: int) -> Tensor:
+        """Features of boxes (R, D) in the frame of the maps, of the images with these indices, shape (R, C, P, P)."""
+        ...
+
+
+class Geometry(Protocol):
+    """What boxes y of dimension D are, and what is done with them.
+
+    Attributes:
+        kinds: For each of the D coordinates of model space which of the numbers it takes that are given for kinds of
+            coordinates: scales of noise, step lengths, half-widths of a window. Such as (0, 0, 1, 1): first the centre,
+            then the size.
+        periodic: Whether each coordinate is an angle.
+    """
+
+    @property
+    def kinds(self) -> tuple[int, ...]: ...
+
+    @property
+    def periodic(self) -> tuple[bool, ...]: ...
+
+    def space(self, reference: Tensor, /) -> RelativeSpace:
+        """The coordinates relative to reference boxes, shape (B, D)."""
+        ...
+
+    def noise(self, scales: Sequence[Sequence[float]], *, antithetic: bool = False) -> GaussianNoise:
+        """Gaussians in model space, which is the frame of the box; K scales for each kind of coordinate."""
+        ...
+
+    def valid(self, boxes: Tensor, /) -> Tensor:
+        """Which boxes can be measured by, (*S, D) to (*S)."""
+        ...
+
+    def usable(self, boxes: Tensor, instead: Tensor | None = None) -> Tensor:
+        """Boxes (N, D), with others, or any valid one, in the place of those that are not valid."""
+        ...
+
+    def in_maps(self, boxes: Tensor, ratio: Tensor) -> Tensor:
+        """Boxes (*S, B, D) in the frame of the feature maps, by what is known of each box's image, (B, ...)."""
+        ...
+
+    def pool(self, features: Pooler, boxes: Tensor, image: Tensor, output_size: int) -> Tensor:
+        """Features of boxes (R, D) in the frame of the maps, shape (R, C, P, P)."""
+        ...
+
+    def iou(self, boxes: Tensor, others: Tensor) -> Tensor:
+        """Overlap of boxes with their counterparts, (*S, D) to (*S)."""
+        ...
+
+    def check(self, boxes: Tensor, size: tuple[int, int] | None = None, *, image: object = None) -> None:
+        """Refuse annotated boxes (N, D) that cannot be what was meant; see :func:`check_boxes`."""
+        ...
+
+    def clip(self, boxes: Tensor, size: Tensor) -> Tensor:
+        """Boxes (N, D) cut off at the ends of what was seen, of height and width (N, 2)."""
+        ...
+
+    def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
+        """Numbers of the boxes that stay, by falling score, when those that overlap a better one of their class go."""
+        ...
+
+    def vote(self, boxes: Tensor, stddevs: Tensor, labels: Tensor, width: float) -> Tensor:
+        """Boxes of one image moved to what those around them say; see :func:`variance_voting`."""
+        ...
+
+
+def by_coordinate(geometry: Geometry, values: Sequence[float], name: str) -> list[float]:
+    """Numbers for the kinds of coordinates as numbers for the D coordinates.
 
     Raises:
-        ImportError: It is not installed.
+        ValueError: If there are not as many as kinds.
+
+    >>> by_coordinate(Boxes2D(), (0.1, 0.2), "window")
+    [0.1, 0.1, 0.2, 0.2]
     """
-    try:
-        import torchvision
-    except ImportError as error:
-        raise ImportError(
-            "Detection needs torchvision, which is not installed. Install it with: pip install 'energyreg[vision]'"
-        ) from error
-    return torchvision
+    count = max(geometry.kinds) + 1
+    if len(values) != count:
+        raise ValueError(f"{name} is {values!r}; expected {count} numbers, one for each kind of coordinate.")
+    return [values[kind] for kind in geometry.kinds]
 
 
-def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of boxes with their counterparts, where `torchvision.ops.box_iou` takes all pairs.
+@dataclass(frozen=True)
+class Boxes2D:
+    """Upright boxes in an image: corners (x1, y1, x2, y2) in pixels, measured by :class:`BoxSpace`."""
 
-    Args:
-        boxes: Corners, shape (*S, 4).
-        others: Corners, of a shape that broadcasts with it.
+    kinds: tuple[int, ...] = (0, 0, 1, 1)
+    periodic: tuple[bool, ...] = (False,) * 4
 
-    Returns:
-        Numbers in [0, 1], shape (*S); 0 where neither has an area.
-    """
-    first, last = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
-    areas = [(each[..., 2:] - each[..., :2]).clamp_min(0).prod(-1) for each in (boxes, others)]
-    overlap = (last - first).clamp_min(0).prod(-1)
-    union = areas[0] + areas[1] - overlap
-    return torch.where(union > 0, overlap / torch.where(union > 0, union, 1.0), 0.0)
+    def space(self, reference: Tensor) -> BoxSpace:
+        """Centres in sides of the reference box, and logarithms of the sides."""
+        return BoxSpace(reference)
 
+    def noise(self, scales: Sequence[Sequence[float]], *, antithetic: bool = False) -> GaussianNoise:
+        """One component for all four numbers; scales of the centre in sides of the box, and of the sides' logarithms.
 
-def variance_voting(boxes: Tensor, stddevs: Tensor, labels: Tensor, width: float) -> Tensor:
-    r"""Move each border of each box to the weighted mean of what the boxes of its class around it say.
+        Raises:
+            ValueError: If the two differ in length, or a scale is not a finite number > 0.
 
-    .. math:: x_j' = \frac{\sum_i p_{ij} x_i / \sigma_i^2}{\sum_i p_{ij} / \sigma_i^2}, \qquad
-        p_{ij} = e^{-(1 - \mathrm{IoU}_{ij})^2 / \sigma_t} \text{ where IoU}_{ij} > 0
+        Source:
+            Gustafsson et al., BMVC 2020, as in its code.
+        """
+        centre, size = scales
+        if len(centre) != len(size):
+            raise ValueError(
+                f"centre has {len(centre)} scales and size {len(size)}; expected as many, one for each component."
+            )
+        return GaussianNoise([(c, c, s, s) for c, s in zip(centre, size, strict=True)], antithetic=antithetic)
 
-    So a border that one box does not know moves to where another sees it. Scores do not count, nor does a coordinate
-    whose σ is not finite. A width of 0.02 listens to close neighbours only: p is 0.14 at an IoU of 0.8, 4e-6 at 0.5.
+    def valid(self, boxes: Tensor) -> Tensor:
+        """Which boxes have positive sides, (*S, 4) to (*S)."""
+        return (boxes[..., 2:] > boxes[..., :2]).all(-1)
 
-    Args:
-        boxes: Boxes of one image, corners, shape (N, 4).
-        stddevs: Standard deviations σ of their coordinates, shape (N, 4).
-        labels: Their classes, shape (N,).
-        width: σ_t, how far the influence of a box reaches; > 0.
+    def usable(self, boxes: Tensor, instead: Tensor | None = None) -> Tensor:
+        """Boxes (N, 4), with others, or one pixel, in the place of those without area."""
+        other = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]) if instead is None else instead
+        return torch.where(self.valid(boxes)[:, None], boxes, other)
 
-    Returns:
-        Boxes, shape (N, 4). One that overlaps none of its class, or that would lose its area, stays bit-equal.
+    def in_maps(self, boxes: Tensor, ratio: Tensor) -> Tensor:
+        """Boxes in pixels of the resized image, by its pixels per given one along x, y, x and y, (B, 4)."""
+        return boxes * ratio
 
-    Source:
-        He et al., "Bounding box regression with uncertainty for accurate object detection", CVPR 2019 (variance
-        voting), whose suppression goes by the boxes before the vote.
+    def pool(self, features: Pooler, boxes: Tensor, image: Tensor, output_size: int) -> Tensor:
+        """Means over the bins of upright boxes."""
+        return features.pool(boxes, image, output_size)
 
-    >>> boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 10.0, 10.0]])
-    >>> stddevs = torch.tensor([[3.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    >>> variance_voting(boxes, stddevs, torch.tensor([1, 1]), 1e6)
-    tensor([[ 0.9000,  0.0000, 10.0000, 10.0000],
-            [ 0.9000,  0.0000, 10.0000, 10.0000]])
-    """
-    iou = paired_iou(boxes[:, None], boxes[None])
-    neighbours = (iou > 0) & (labels[:, None] == labels[None])
-    closeness = torch.where(neighbours, (-(1 - iou).square() / width).exp(), 0.0)
-    closeness.fill_diagonal_(1.0)  # also where a box without area does not even overlap itself
-    precision = torch.where(stddevs.isfinite(), stddevs.clamp_min(SMALLEST_STDDEV) ** -2, 0.0)
-    weights = closeness[..., None] * precision
-    # Written as a shift, so that a box by itself stays what it is, bit for bit.
-    voted = boxes + (weights * (boxes[None] - boxes[:, None])).sum(1) / weights.sum(1)
-    # Each border has weights of its own, so that in principle they may cross; NaN compares as False.
-    return torch.where((voted[:, 2:] > voted[:, :2]).all(1, keepdim=True), voted, boxes)
+    def iou(self, boxes: Tensor, others: Tensor) -> Tensor:
+        """Intersection over union; see :func:`~energyreg.vision.boxes.corners.paired_iou`."""
+        return paired_iou(boxes, others)
 
+    def check(self, boxes: Tensor, size: tuple[int, int] | None = None, *, image: object = None) -> None:
+        """See :func:`~energyreg.vision.boxes.corners.check_boxes`."""
+        check_boxes(boxes, size, image=image)
 
-def check_boxes(boxes: Tensor, size: tuple[int, int] | None = None, *, image: object = None) -> None:
-    """Refuse annotated boxes that cannot be what was meant, by the name of their image and their number in it.
+    def clip(self, boxes: Tensor, size: Tensor) -> Tensor:
+        """Corners within images of height and width (N, 2)."""
+        return torch.minimum(boxes.clamp_min(0), size.flip(1).repeat(1, 2))
 
-    Args:
-        boxes: Corners (x1, y1, x2, y2) in pixels, shape (N, 4).
-        size: Height and width of the image; None to skip what needs them.
-        image: What errors call the image: a file name, an id.
+    def suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
+        """As torchvision's `batched_nms`."""
+        return torchvision().ops.batched_nms(boxes, scores, labels, threshold)
 
-    Raises:
-        ValueError: The shape is wrong, a coordinate is not finite, a box has no positive width or height or reaches
-            more than a pixel beyond the image, or the boxes are certain to be (x, y, width, height).
-        TypeError: boxes is no tensor of real numbers.
-    """
-    where = "" if image is None else f" of image {image}"
-    if not isinstance(boxes, Tensor) or boxes.is_complex():
-        raise TypeError(f"boxes{where} is a {type(boxes).__name__}; expected a tensor of shape (N, 4).")
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes{where} has shape {tuple(boxes.shape)}; expected (N, 4): corners (x1, y1, x2, y2).")
-    first, last = boxes[:, :2], boxes[:, 2:]
-    for bad, what in (
-        (~boxes.isfinite().all(1), "expected finite numbers"),
-        (~(last > first).all(1), "expected corners (x1, y1, x2, y2) with x1 < x2 and y1 < y2"),
-    ):
-        if bool(bad.any()):
-            number = int(bad.nonzero()[0])
-            raise ValueError(f"Box {number}{where} is {_numbers(boxes[number])}; {what}.{_hint(boxes, size)}")
-    if size is None:
-        return
-    height, width = size
-    limit = boxes.new_tensor([width, height])
-    outside = (first < -OUTSIDE).any(1) | (last > limit + OUTSIDE).any(1)
-    if bool(outside.any()):
-        number = int(outside.nonzero()[0])
-        raise ValueError(
-            f"Box {number}{where} is {_numbers(boxes[number])}, which lies outside of the image of width {width} and "
-            f"height {height}; expected 0 ≤ x1 < x2 ≤ {width} and 0 ≤ y1 < y2 ≤ {height}. Clip it, or look whether the "
-            "boxes belong to another size of the image."
-        )
-
-
-def _numbers(box: Tensor) -> str:
-    return f"({', '.join(f'{value:.6g}' for value in box.tolist())})"
-
-
-def _hint(boxes: Tensor, size: tuple[int, int] | None) -> str:
-    """Corners that are not in order, while all boxes fit into the image as (x, y, width, height), are just that."""
-    first, last = boxes[:, :2], boxes[:, 2:]
-    fits = bool(boxes.isfinite().all()) and bool((last > 0).all()) and bool((first >= 0).all())
-    if size is not None:
-        fits = fits and bool((first + last <= boxes.new_tensor([size[1], size[0]]) + OUTSIDE).all())
-    if not fits:
-        return ""
-    return (
-        " The boxes look like (x, y, width, height); convert them: torchvision.ops.box_convert(boxes, 'xywh', 'xyxy')."
-    )
+    def vote(self, boxes: Tensor, stddevs: Tensor, labels: Tensor, width: float) -> Tensor:
+        """See :func:`~energyreg.vision.boxes.corners.variance_voting`."""
+        return variance_voting(boxes, stddevs, labels, width)

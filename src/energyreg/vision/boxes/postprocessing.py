@@ -12,9 +12,9 @@ from torch import Tensor
 from energyreg.checks import check_count
 from energyreg.densities.noise import GaussianNoise
 from energyreg.inference.ascent import refine_with_values
-from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
+from energyreg.vision.boxes.distribution import WINDOW, BoxDistribution, box_noise
 from energyreg.vision.boxes.energy import BoxEnergy
-from energyreg.vision.boxes.geometry import torchvision, variance_voting
+from energyreg.vision.boxes.geometry import Geometry, by_coordinate
 
 __all__ = ["Inference", "postprocess", "select"]
 
@@ -28,7 +28,7 @@ class Inference:
 
     Args:
         num_steps: Steps T of the ascent; 0 leaves the boxes as they are.
-        step_size: Step lengths λ for the centre and for the logarithm of the sides, in the coordinates of
+        step_size: Step lengths λ for the kinds of coordinates: the centre and the logarithm of the sides, in those of
             :class:`~energyreg.vision.boxes.BoxSpace`. They are paper II's for NCE+; 4e-4 and 1.6e-3 for the
             other objectives by importance sampling, 2.5e-5 and 1e-4 for DSM and ML-MCMC.
         decay: Factor that shortens the step of a box whose f would fall.
@@ -43,13 +43,14 @@ class Inference:
             suppression (`roi_heads.nms_thresh`, or `nms_thresh` of FCOS and RetinaNet), and give `nms`.
         nms: Suppress, in the end, boxes whose IoU with a box of their class and a higher score exceeds this, after
             refinement, vote and rescoring; None for no suppression but the detector's own.
+        window: Half-widths of a density's support around the refined box, for the kinds of coordinates.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
     num_steps: int = 10
-    step_size: tuple[float, float] = (8e-4, 3.2e-3)
+    step_size: tuple[float, ...] = (8e-4, 3.2e-3)
     decay: float = 0.5
     num_samples: int = 0
     box_samples: int = 0
@@ -58,14 +59,20 @@ class Inference:
     noise: GaussianNoise = field(default_factory=lambda: box_noise(DENSITY_SCALES))
     voting: float = 0.0
     nms: float | None = None
+    window: tuple[float, ...] = WINDOW
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         for name in ("num_steps", "num_samples", "box_samples"):
             check_count(name, getattr(self, name), 0)
         steps = self.step_size
-        if not isinstance(steps, tuple | list) or len(steps) != 2 or not all(0 < step < math.inf for step in steps):
-            raise ValueError(f"step_size is {steps!r}; expected two finite numbers > 0, for the centre and the sides.")
+        if not isinstance(steps, tuple | list) or not all(0 < step < math.inf for step in steps):
+            raise ValueError(
+                f"step_size is {steps!r}; expected finite numbers > 0, such as for the centre and the sides."
+            )
+        window = self.window
+        if not isinstance(window, tuple | list) or not all(isinstance(w, int | float) and w > 0 for w in window):
+            raise ValueError(f"window is {window!r}; expected numbers > 0, such as for the centre and the sides.")
         if not 0 < self.decay < 1:
             raise ValueError(f"decay is {self.decay!r}; expected a number in (0, 1).")
         if not all(0 <= threshold < 1 for threshold in self.iou_thresholds):
@@ -86,42 +93,43 @@ def postprocess(
     boxes: Tensor,
     labels: Tensor,
     image: Tensor,
-    limit: Tensor,
+    size: Tensor,
     inference: Inference,
+    geometry: Geometry,
     *,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Refine boxes of several images at once, and describe each.
 
     Args:
-        energy: Reference boxes (N, 4) in pixels to f in the coordinates relative to them.
-        boxes: Corners in pixels, shape (N, 4).
+        energy: Reference boxes (N, D) to f in the coordinates relative to them, which knows what the boxes are.
+        boxes: Detected boxes, shape (N, D).
         labels: Classes, shape (N,).
         image: Index of each box's image, shape (N,).
-        limit: Width, height, width and height of each box's image, shape (N, 4).
+        size: Height and width of each box's image, shape (N, 2).
         inference: What is to be done.
+        geometry: What the boxes are.
         seed: Of the importance samples and of the boxes drawn.
 
     Returns:
         Entries of a detection, (N, ...) each: "boxes" and the others that `EnergyDetector.detect` lists.
     """
     # A box that was clipped to nothing at the border has no sides to measure by; it stays.
-    valid = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    usable = torch.where(valid[:, None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
+    usable = geometry.usable(boxes)
+    valid = geometry.valid(boxes)
     f = energy(usable)
     found: dict[str, Tensor] = {}
     refined = usable
     if inference.num_steps:
-        steps = [step for step in inference.step_size for _ in range(2)]
+        steps = by_coordinate(geometry, inference.step_size, "step_size")
         z, energies = refine_with_values(
             f, torch.zeros_like(boxes), num_steps=inference.num_steps, step_size=steps, decay=inference.decay
         )
-        refined = torch.minimum(f.space.to_user(z).clamp_min(0), limit)
+        refined = geometry.clip(f.space.to_user(z), size)
         refined = torch.where(valid[:, None], refined, boxes)
         found = {"detector_boxes": boxes, "energies": energies, "boxes": refined}
         # Clipping may, in principle, leave nothing of a box that has moved out of its image.
-        remains = (refined[:, 2:] > refined[:, :2]).all(1)
-        usable = torch.where(remains[:, None], refined, usable)
+        usable = geometry.usable(refined, usable)
     if not inference.num_samples:
         return found
     p = BoxDistribution.around(
@@ -129,6 +137,8 @@ def postprocess(
         usable,
         noise=inference.noise,
         num_samples=inference.num_samples,
+        window=inference.window,
+        geometry=geometry,
         shared=True,
         generator=torch.Generator(boxes.device).manual_seed(seed),
     )
@@ -137,7 +147,7 @@ def postprocess(
         usable = refined.clone()
         for place in image.unique():
             rows = image == place
-            usable[rows] = variance_voting(refined[rows], p.stddev[rows], labels[rows], inference.voting)
+            usable[rows] = geometry.vote(refined[rows], p.stddev[rows], labels[rows], inference.voting)
         found.setdefault("detector_boxes", boxes)
         found["boxes"] = usable
     if inference.box_samples:
@@ -150,7 +160,7 @@ def postprocess(
     return found
 
 
-def select(detection: dict[str, Tensor], inference: Inference) -> None:
+def select(detection: dict[str, Tensor], inference: Inference, geometry: Geometry) -> None:
     """Sort the boxes of one image by their new scores, and suppress doubles, where `inference` asks for it."""
     if "expected_ious" in detection:
         detection["detector_scores"] = detection["scores"]
@@ -158,6 +168,5 @@ def select(detection: dict[str, Tensor], inference: Inference) -> None:
         order = detection["scores"].argsort(descending=True, stable=True)
         detection.update({name: values[order] for name, values in detection.items()})
     if inference.nms is not None:
-        suppress = torchvision().ops.batched_nms
-        kept = suppress(detection["boxes"], detection["scores"], detection["labels"], inference.nms)
+        kept = geometry.suppress(detection["boxes"], detection["scores"], detection["labels"], inference.nms)
         detection.update({name: values[kept] for name, values in detection.items()})

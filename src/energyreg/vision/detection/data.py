@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from energyreg.images.reading import decode
-from energyreg.vision.boxes.geometry import check_boxes, torchvision
+from energyreg.vision.boxes.corners import check_boxes, torchvision
 
 __all__ = ["BoxDataset", "BoxRecord"]
 

@@ -25,11 +25,11 @@ from energyreg.modes import as_usual
 from energyreg.objectives import NCE, Loss
 from energyreg.objectives.contract import as_loss
 from energyreg.vision.boxes.batch import BoxBatch, BoxCollate, check_image
+from energyreg.vision.boxes.corners import torchvision
 from energyreg.vision.boxes.distribution import BoxDistribution, box_noise
 from energyreg.vision.boxes.energy import BoxEnergy, BoxEnergyHead
-from energyreg.vision.boxes.geometry import check_boxes, torchvision
+from energyreg.vision.boxes.geometry import Boxes2D, Geometry
 from energyreg.vision.boxes.postprocessing import Inference, postprocess, select
-from energyreg.vision.boxes.spaces import BoxSpace
 from energyreg.vision.detection import adapter
 from energyreg.vision.pooling.roi_pool import Pyramid
 
@@ -97,6 +97,7 @@ class EnergyDetector(nn.Module):
     fitted = True
     preprocesses_inputs = False
     detector: Any
+    geometry: Geometry = Boxes2D()
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class EnergyDetector(nn.Module):
     @property
     def collate(self) -> BoxCollate:
         """The `collate_fn` of a DataLoader for this detector."""
-        return BoxCollate(self.num_classes, self.first_label)
+        return BoxCollate(self.num_classes, self.first_label, self.geometry)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,7 +164,7 @@ class EnergyDetector(nn.Module):
 
     def check_targets(self, y: Tensor) -> Tensor:
         """Refuse invalid boxes; see :func:`~energyreg.vision.boxes.check_boxes`."""
-        check_boxes(y)
+        self.geometry.check(y)
         return y
 
     def condition(self, x: BoxBatch, y: Tensor) -> tuple[BoxEnergy, None, Tensor]:
@@ -212,7 +213,16 @@ class EnergyDetector(nn.Module):
             ]
         )
         pyramid = Pyramid.of(levels, scales)
-        return BoxEnergy(self.head, pyramid, BoxSpace(boxes), image, labels, ratio[image], detector_loss=detector_loss)
+        return BoxEnergy(
+            self.head,
+            pyramid,
+            self.geometry.space(boxes),
+            image,
+            labels,
+            ratio[image],
+            geometry=self.geometry,
+            detector_loss=detector_loss,
+        )
 
     # Prediction -------------------------------------------------------------------------------------------------------
 
@@ -293,16 +303,16 @@ class EnergyDetector(nn.Module):
         boxes = torch.cat([detection["boxes"] for detection in detections])
         labels = torch.cat([detection["labels"] for detection in detections])
         image = torch.repeat_interleave(torch.arange(len(counts), device=boxes.device), boxes.new_tensor(counts).long())
-        limit = boxes.new_tensor([each.shape[:-3:-1] * 2 for each in images])[image]  # width, height, width, height
+        size = boxes.new_tensor([each.shape[-2:] for each in images])[image]
         resized, maps = seen["transform"][0], seen["backbone"]
 
         def energy(reference: Tensor) -> BoxEnergy:
             return self._energy(images, resized, maps, reference, image, labels)
 
-        found = postprocess(energy, boxes, labels, image, limit, inference, seed=seed)
+        found = postprocess(energy, boxes, labels, image, size, inference, self.geometry, seed=seed)
         for place, detection in enumerate(detections):
             detection.update({name: values[image == place] for name, values in found.items()})
-            select(detection, inference)
+            select(detection, inference, self.geometry)
         return detections
 
 
@@ -318,7 +328,14 @@ class _Densities:
         f, _, _ = self.model.condition(self.batch, y)
         inference = self.model.inference
         count = inference.num_samples or NUM_SAMPLES
-        return BoxDistribution.around(f, f.space.reference, noise=inference.noise, num_samples=count).log_prob(y)
+        return BoxDistribution.around(
+            f,
+            f.space.reference,
+            noise=inference.noise,
+            num_samples=count,
+            window=inference.window,
+            geometry=self.model.geometry,
+        ).log_prob(y)
 
 
 def add_energy_head(

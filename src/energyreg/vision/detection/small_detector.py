@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from energyreg.checks import check_count
 from energyreg.networks.image_encoders import ImageEncoder
-from energyreg.vision.boxes.geometry import torchvision
+from energyreg.vision.boxes.corners import torchvision
 
 __all__ = ["PyramidBackbone", "small_detector"]
 
