@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
+from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase, ProposalReference
 from energyreg.densities.noise import GaussianNoise
 from energyreg.densities.spaces import Circle, Product, Real
 from energyreg.inference.ascent import refine
@@ -65,6 +65,17 @@ def _function(
     q = MixtureDensityNetwork(4, 2, 3, periodic=periodic, width=8).double().requires_grad_(False)(context)
     made = ProposalBase(reference, standardised=not any(periodic)) if base == "proposal" else reference
     return EnergyFunction(network, context, made.double(), q)
+
+
+def _own_cdf(rows: slice, periodic: bool = False) -> EnergyFunction:
+    """An energy of one dimension whose reference is its own proposal."""
+    torch.manual_seed(0)
+    head = SeparableHead(4, 1, (periodic,), width=8, num_frequencies=3, frequency_scale=0.3)
+    head.context_map.weight.data.normal_(std=0.3)
+    context = torch.randn(ROWS, 4, dtype=DOUBLE)[rows]
+    q = MixtureDensityNetwork(4, 1, 3, periodic=(periodic,), width=8).double().requires_grad_(False)(context)
+    reference = Marginal(1, (periodic,)).double()
+    return EnergyFunction(head.double().requires_grad_(False), context, ProposalReference(reference), q)
 
 
 def _ensemble(rows: slice) -> EnsembleEnergy:
@@ -127,6 +138,12 @@ MAKE: dict[str, Callable[[slice], Any]] = {
 }
 ANGLES: dict[str, Callable[[slice], Any]] = {**REFERENCED, "yaw": lambda rows: _Yaw()}
 """Those of a line and a circle."""
+REFERENCED |= {
+    "own cdf": _own_cdf,
+    "own cdf of an angle": lambda rows: _own_cdf(rows, True),
+    "own cdf, common reference": lambda rows: _own_cdf(rows).in_common(),
+}
+MAKE |= REFERENCED
 ALL = slice(None)
 
 
@@ -152,9 +169,10 @@ def test_an_energy_knows_its_dimensions_examples_type_and_device(make: Callable[
 def test_points_may_be_shared_by_all_examples(make: Callable[[slice], Any]) -> None:
     f = make(ALL)
     z = _points(f, 6, 1)
-    u = f.reference.to_unit(z)
     torch.testing.assert_close(f(z), f(z.expand(-1, ROWS, -1).contiguous()))
+    u = torch.rand(z.shape, generator=_generator(), dtype=DOUBLE)
     torch.testing.assert_close(f.relative(u), f.relative(u.expand(-1, ROWS, -1).contiguous()))
+    z = f.reference.from_unit(u)
     torch.testing.assert_close(f.relative(u), f(z) - f.reference.log_prob(z), rtol=1e-5, atol=1e-5)
     target, relative = f.target_and_relative(z[0].expand(ROWS, -1), u)
     torch.testing.assert_close((target, relative), (f(z)[0], f.relative(u)))
@@ -182,8 +200,10 @@ def test_the_partition_function_is_that_of_the_quadrature(make: Callable[[slice]
     weights = torch.full_like(t, float(window.high[0] - window.low[0]) / 200) if window else t.cosh() * 0.04
     if window:
         weights[[0, -1]] /= 2
-    z = torch.stack(torch.meshgrid(line, angle, indexing="ij"), -1).reshape(-1, 1, 2)
-    steps = (weights[:, None] * 2 * math.pi / 100).expand(-1, 100).reshape(-1, 1).log()
+    axes = [angle if flag else line for flag in f.periodic]
+    sides = [torch.full_like(angle, 2 * math.pi / 100) if flag else weights for flag in f.periodic]
+    z = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 1, len(axes))
+    steps = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).log().sum(-1).reshape(-1, 1)
     with torch.no_grad():
         by_hand, log_z = (f(z) + steps).logsumexp(0), _log_partition(f)
     torch.testing.assert_close(by_hand, log_z, rtol=0, atol=3e-3)
@@ -295,7 +315,8 @@ def test_a_function_without_a_reference_is_refused_where_one_is_needed() -> None
 
 @pytest.mark.parametrize("make", REFERENCED.values(), ids=REFERENCED)
 def test_exact_maximum_likelihood_takes_every_energy_with_a_reference(make: Callable[[slice], Any]) -> None:
-    f, y = make(ALL), torch.zeros(ROWS, 2, dtype=DOUBLE)
+    f = make(ALL)
+    y = torch.zeros(ROWS, len(f.periodic), dtype=DOUBLE)
     with torch.no_grad():
         loss = ExactMaximumLikelihood(64**2)(f, None, y, generator=_generator()).per_example
         # 4,096 random nodes, one in each cell: the estimate is off by at most a twentieth of a nat here.

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import energyreg as er
-from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
+from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase, ProposalReference
 from energyreg.densities.spaces import Circle, Interval, Positive, Product, Real
 from energyreg.inference.importance import AdaptiveImportanceSampling, ImportanceSampling
 from energyreg.inference.integrators import AdaptiveQuadrature, StratifiedQuadrature
@@ -25,7 +25,7 @@ SPACES = {
     "degrees": lambda: Circle(360.0, low=-180.0),
     "product": lambda: Product(Real()),
 }
-MODELS = ("marginal", "lebesgue", "proposal", "mixture", "joint")
+MODELS = ("marginal", "lebesgue", "proposal", "own cdf", "mixture", "joint")
 ROWS = 5
 
 
@@ -50,12 +50,13 @@ def make_model(name: str, space: er.spaces.TargetSpace, trained: bool, dtype=tor
     encoder = TableEncoder(2, context_dim=16, dropout=0.0)
     proposal = MixtureDensityNetwork(16, dim, 3, periodic=periodic)
     head = JointHead(16, dim, periodic, width=16) if name == "joint" else SeparableHead(16, dim, periodic, 16, 16)
+    bases = ProposalReference if name == "own cdf" else ProposalBase
     base = {"lebesgue": Lebesgue, "marginal": Marginal, "joint": Marginal}.get(name)
     model = er.EnergyRegressionModel(
         encoder,
         None if name == "mixture" else head,
         proposal=proposal,
-        base=ProposalBase(Marginal(dim, periodic)) if base is None else base(dim, periodic),
+        base=bases(Marginal(dim, periodic)) if base is None else base(dim, periodic),
         space=space,
     ).to(dtype)
     model.fit_preprocessing(x, y)
@@ -110,7 +111,7 @@ def test_cdf_is_the_integral_of_the_density_and_inverts_icdf(space, name):
     torch.testing.assert_close(p.cdf(p.icdf(levels)[..., None]), levels, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["marginal", "proposal"])
+@pytest.mark.parametrize("name", ["marginal", "proposal", "own cdf"])
 @pytest.mark.parametrize("space", SPACES)
 def test_samples_follow_the_cdf(space, name):
     model, x, _ = make_model(name, SPACES[space](), trained=True)
@@ -122,7 +123,7 @@ def test_samples_follow_the_cdf(space, name):
     assert min(stats.kstest(u[:, row], "uniform").pvalue for row in range(ROWS)) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["marginal", "proposal", "mixture"])
+@pytest.mark.parametrize("name", ["marginal", "proposal", "own cdf", "mixture"])
 @pytest.mark.parametrize("space", ["real", "positive", "interval"])
 def test_moments_and_mode_agree_with_the_density(space, name):
     space = SPACES[space]()
@@ -151,7 +152,7 @@ def test_moments_on_a_circle_go_round_the_cut():
     torch.testing.assert_close(inside.double().mean(0), torch.full((ROWS,), 0.9).double(), atol=0.012, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["marginal", "proposal"])
+@pytest.mark.parametrize("name", ["marginal", "proposal", "own cdf"])
 @pytest.mark.parametrize("space", SPACES)
 def test_highest_density_region_has_its_probability_and_is_the_smallest(space, name):
     model, x, _ = make_model(name, SPACES[space](), trained=True)
@@ -242,7 +243,7 @@ def test_points_outside_the_space_have_no_density(name):
 
 
 @pytest.mark.parametrize("space", ["real", "positive"])
-@pytest.mark.parametrize("name", ["marginal", "proposal", "mixture"])
+@pytest.mark.parametrize("name", ["marginal", "proposal", "own cdf", "mixture"])
 def test_far_away_targets_have_a_finite_density(name, space):
     model, x, _ = make_model(name, SPACES[space](), trained=True)
     y = torch.tensor([1e-6, 1e3, 1e6])[:, None, None].expand(-1, ROWS, 1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from energyreg.densities.angles import periodic_flags
 
-__all__ = ["Lebesgue", "Marginal", "ProposalBase"]
+__all__ = ["Lebesgue", "Marginal", "ProposalBase", "ProposalReference"]
 
 
 class Lebesgue(nn.Module):
@@ -424,3 +424,31 @@ class ProposalBase(nn.Module):
     def fit(self, z: Tensor, window: Tensor | None = None) -> None:
         """Fit the reference to the training targets in model space, shape (N, D)."""
         self.reference.fit(z, window)
+
+
+class ProposalReference(ProposalBase):
+    r"""The learned proposal as the base *and* as the reference: the head sees the target in the proposal's own cdf.
+
+    .. math:: f(x, y) = \log q(y|x) + g(x, u), \qquad u = F_q(y|x), \qquad Z(x) = \int_0^1 e^{g(x, u)} du
+
+    As with :class:`ProposalBase` the model starts as the proposal. But the nodes of Z are the same u for all rows, so
+    that a separable head takes one matrix product for them, however narrow q(y|x) is; and g says how the shape of q
+    is to change, wherever the target is. For one dimension, and a proposal that is a
+    :class:`~energyreg.densities.mixtures.GaussianMixture`.
+
+    Args:
+        reference: What the densities of several such models have in common, for their mixture, for calibration and for
+            chains: the marginal of the training targets by default.
+        detach: Whether f sees q as given; see :class:`ProposalBase`.
+
+    Raises:
+        ValueError: If the reference has more than one dimension.
+    """
+
+    def __init__(self, reference: Marginal | Lebesgue | None = None, detach: bool = True) -> None:
+        super().__init__(reference, detach)
+        if self.reference.dim != 1:
+            raise ValueError(
+                f"reference has {self.reference.dim} dimensions; expected one. The cdf of the proposal gives unit "
+                "coordinates in one dimension only: use ProposalBase, or a chain of one-dimensional factors."
+            )

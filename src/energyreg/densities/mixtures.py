@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributions import Distribution, constraints
 from energyreg.densities.angles import wrap_angles
 from energyreg.randomness import RandomSource
 
-__all__ = ["GaussianMixture", "Wrapped", "draw", "log_sum_exp"]
+__all__ = ["GaussianMixture", "MixtureReference", "Wrapped", "draw", "log_sum_exp"]
 
 
 TURNS = 3
@@ -35,6 +35,10 @@ NOTHING = -60.0
 
 WIDEST = 5.0
 """Largest scale of a wrapped Gaussian, in radians."""
+
+
+MOST_STEPS = 100
+"""Steps of the search for a quantile at most: of bisection alone, 60 are exact."""
 
 
 def log_sum_exp(parts: Sequence[Tensor], overwrite: bool = False) -> Tensor:
@@ -331,6 +335,82 @@ class GaussianMixture(Distribution):
                 components = components + torch.special.ndtr((value + shift) / scales)
                 components = components - torch.special.ndtr((shift - math.pi) / scales)
         return (self.log_mixing.exp() * components).sum(-1)
+
+    @torch.no_grad()
+    def icdf(self, level: Tensor) -> Tensor:
+        """Quantiles for D = 1, (*S, B, 1) or (*S, 1, 1) to (*S, B, 1), in double precision, without gradient.
+
+        Newton's method on the cdf in double precision; where it leaves the bracket, the bracket is halved. A quantile
+        of a mixture lies between those of its components.
+
+        Args:
+            level: Probabilities; 0 and 1 count as the numbers next to them.
+
+        Raises:
+            NotImplementedError: If D > 1.
+        """
+        q = GaussianMixture(self.log_mixing.double(), self.means.double(), self.scales.double(), periodic=self.periodic)
+        tiny, eps = torch.finfo(torch.double).tiny, torch.finfo(torch.double).eps
+        level = level.double().clamp(tiny, 1 - eps / 2)
+        if self.periodic[0]:
+            low = torch.full_like(level, -math.pi).expand(*level.shape[:-2], *self.batch_shape, 1).clone()
+            high, start = low + 2 * math.pi, 0 * low
+        else:
+            each = q.means[..., 0] + q.scales[..., 0] * torch.special.ndtri(level)
+            low, high = each.amin(-1, keepdim=True), each.amax(-1, keepdim=True)
+            start = (q.log_mixing.exp() * each).sum(-1, keepdim=True)
+        y, level = start.clamp(low, high), level[..., 0]
+        near = 4 * eps * (q.means.abs() + q.scales).amax(-2)
+        for _ in range(MOST_STEPS):
+            excess = (q.cdf(y) - level)[..., None]
+            low, high = torch.where(excess > 0, low, y), torch.where(excess > 0, y, high)
+            step = excess / q.log_prob(y).exp()[..., None].clamp_min(tiny)
+            moved = y - step
+            moved = torch.where((moved > low) & (moved < high), moved, (low + high) / 2)
+            done = ((moved - y).abs() <= near) | (excess == 0)
+            y = torch.where(excess == 0, y, moved)
+            if bool(done.all()):
+                break
+        return y
+
+
+class MixtureReference:
+    """The Gaussian mixtures of B rows as their reference measures: each row has unit coordinates of its own.
+
+    Args:
+        q: Mixtures of one dimension.
+
+    Raises:
+        ValueError: If q is no Gaussian mixture of one dimension.
+    """
+
+    def __init__(self, q: GaussianMixture) -> None:
+        if not isinstance(q, GaussianMixture) or q.event_shape != (1,):
+            raise ValueError(
+                f"q is a {type(q).__name__} with event shape {tuple(q.event_shape)}; expected a GaussianMixture of one "
+                "dimension, whose cdf gives the unit coordinates."
+            )
+        self.q, self.dim, self.periodic = q, 1, q.periodic
+
+    def __getitem__(self, rows: Tensor | slice) -> MixtureReference:
+        """The references of some rows, in any order, also several times."""
+        return MixtureReference(self.q[rows])
+
+    def buffers(self) -> Iterator[Tensor]:
+        """The tensors that say of what type and where it is."""
+        return iter((self.q.means,))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density in nats, (*S, B, 1) or (*S, 1, 1) to (*S, B)."""
+        return self.q.log_prob(z)
+
+    def to_unit(self, z: Tensor) -> Tensor:
+        """Unit coordinates, (*S, B, 1) or (*S, 1, 1) to (*S, B, 1) in [0, 1]."""
+        return self.q.cdf(z)[..., None].clamp(0, 1)
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        """Inverse of :meth:`to_unit`: quantiles, (*S, B, 1) or (*S, 1, 1) to (*S, B, 1)."""
+        return self.q.icdf(u).to(u.dtype)
 
 
 class Wrapped(Distribution):

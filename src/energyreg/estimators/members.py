@@ -121,7 +121,7 @@ class Builder:
         )
         if self.components:
             marginal = Marginal(1, slabs=self.components)
-            model.base = ProposalBase(marginal) if isinstance(model.base, ProposalBase) else marginal
+            model.base = type(model.base)(marginal) if isinstance(model.base, ProposalBase) else marginal
         if self.replace_encoder is not None:
             model.encoder = self.replace_encoder(model.encoder)
         return model

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from energyreg.densities.angles import periodic_flags
-from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase
+from energyreg.densities.bases import Lebesgue, Marginal, ProposalBase, ProposalReference
+from energyreg.densities.mixtures import MixtureReference
 from energyreg.inference.tables import Table, tabulate
 
 __all__ = ["Energy", "EnergyFunction", "ReferencedEnergy", "periodic_of"]
@@ -102,6 +103,8 @@ class ReferencedEnergy(ABC):
 
     Attributes:
         reference: The measure p₀, with `log_prob`, `to_unit` and `from_unit`.
+        common: The measure that this energy has in common with others of its model and of its ensemble; the reference
+            itself, unless that is the row's own.
         context: What the energy knows of its examples, first dimension B.
         q: The proposal q(y|x), if there is one.
         conditional: Whether f is relative to the proposal.
@@ -134,6 +137,19 @@ class ReferencedEnergy(ABC):
     def device(self) -> torch.device:
         """Where y is."""
         return self._buffer.device
+
+    @property
+    def common(self) -> Any:
+        """The reference that all rows and all members of an ensemble share."""
+        return self.reference
+
+    def in_common(self) -> ReferencedEnergy:
+        """The same energy, relative to the common reference."""
+        return self if self.common is self.reference else _Rereferenced(self)
+
+    def reference_of(self, rows: Tensor) -> Any:
+        """The reference of some rows, (N,), which may be named several times: `from_unit` of it takes (*S, N, D)."""
+        return self.reference[rows] if isinstance(self.reference, MixtureReference) else self.reference
 
     @cached_property
     def q(self) -> Distribution | None:
@@ -244,8 +260,18 @@ class EnergyFunction(ReferencedEnergy):
             raise ValueError("base is a ProposalBase, but q is None; the proposal must be given.")
         self.head, self.context, self.base, self.q = head, context, base, q
         self.conditional, self.normalised = isinstance(base, ProposalBase), head is None
-        self.reference: Lebesgue | Marginal = base.reference if isinstance(base, ProposalBase) else base
+        self.reference: Lebesgue | Marginal | MixtureReference
+        self.reference = self._common = base.reference if isinstance(base, ProposalBase) else base
+        if isinstance(base, ProposalReference):
+            assert q is not None
+            self.reference = MixtureReference(_detached(q) if base.detach else q)  # type: ignore[arg-type]
+            self.conditional = False
         self.is_reference = self.normalised and not self.conditional
+
+    @property
+    def common(self) -> Lebesgue | Marginal:
+        """The reference of the base, which all rows share."""
+        return self._common
 
     def floats_per_point(self, shared: bool) -> int:
         """Working memory of one value of f, in floats; what chunks are sized by."""
@@ -338,3 +364,43 @@ class EnergyFunction(ReferencedEnergy):
         f_target = self._log_base(z) + self._checked(g_own, own)
         nodes = self.reference.from_unit(u) if self.conditional else None
         return f_target, self._log_relative_base(nodes, self._checked(g_shared, shared))
+
+
+class _Rereferenced(ReferencedEnergy):
+    """An energy whose reference is the rows' own, relative to the common one.
+
+    Args:
+        energy: The energy, whose proposal is its reference.
+    """
+
+    conditional = True
+
+    def __init__(self, energy: ReferencedEnergy) -> None:
+        self.energy, self.context, self.reference = energy, energy.context, energy.common
+        self.normalised, self.is_reference = energy.normalised, False
+
+    @cached_property
+    def q(self) -> Distribution | None:
+        """The energy's proposal."""
+        return self.energy.q
+
+    def floats_per_point(self, shared: bool) -> int:
+        """Working memory of one value of f, in floats: no two rows share their unit coordinates."""
+        return self.energy.floats_per_point(False) + 6 * getattr(getattr(self.q, "means", None), "shape", (0, 0))[1]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return f(x, z), as the energy does."""
+        return self.energy(z)
+
+    def relative(self, u: Tensor) -> Tensor:
+        """Return f - log p₀ at unit coordinates of the common reference p₀, (*S, B, D) or (*S, 1, D) to (*S, B)."""
+        if u.ndim == 3 and not torch.is_grad_enabled():
+            return self.relative_at_own(u)
+        z = self.reference.from_unit(u)
+        return self.energy(z) - self.reference.log_prob(z)
+
+    def relative_at_own(self, u: Tensor, z: Tensor | None = None) -> Tensor:
+        """As :meth:`relative`, at many nodes of each row's own."""
+        z = self.reference.from_unit(u) if z is None else z
+        own = self.energy.reference
+        return self.energy.relative_at_own(own.to_unit(z), z) + own.log_prob(z) - self.reference.log_prob(z)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,23 +79,23 @@ def intervals(block: RowBlock, density: Tensor, threshold: Tensor) -> list[Tenso
 
     lower, upper = crossing(starts, -1), crossing(stops, 1)
     counts = starts.sum(1)
+    row = torch.repeat_interleave(torch.arange(rows, device=upper.device), counts)
     if circle:
         # A run over the cut starts last and stops first in its row.
         first = counts.cumsum(0) - counts
         wraps = upper[first] < lower[first]
         order = torch.arange(len(upper), device=upper.device)
-        row = torch.repeat_interleave(torch.arange(rows, device=upper.device), counts)
         shifted = torch.where(order + 1 < (first + counts)[row], order + 1, first[row])
         upper = torch.where(wraps[row], upper[shifted] + (shifted == first[row]), upper)
-        z = [_circle_angle(block, bound) for bound in (lower, upper)]
+        z = [_circle_angle(block.f.reference_of(row), bound, block.dtype) for bound in (lower, upper)]
         start = block.space.to_user(((z[0] + math.pi).remainder(2 * math.pi) - math.pi)[:, None])[:, 0]
         stop = start + (z[1] - z[0]) * block.space.scale
     else:
-        z = [block.f.reference.from_unit(bound[:, None].to(block.dtype)) for bound in (lower, upper)]
+        reference = block.f.reference_of(row)
+        z = [reference.from_unit(bound[:, None].to(block.dtype)) for bound in (lower, upper)]
         start, stop = (block.space.to_user(end)[:, 0] for end in z)
         if block.has_margins:
             # A margin is in the region as a whole, or not at all.
-            row = torch.repeat_interleave(torch.arange(rows, device=start.device), counts)
             low, high = (block.margin_density >= threshold)[:, row]
             (bottom, top), (first, last) = ends.bounds(block.space)[:, 0], ends.margins(block.space)[:, 0]
             start = torch.where((start <= first) & low, bottom, start.clamp(first, last))
@@ -107,8 +108,8 @@ def intervals(block: RowBlock, density: Tensor, threshold: Tensor) -> list[Tenso
     return [whole_space if all_of_it else pieces for pieces, all_of_it in zip(found, everything.tolist(), strict=True)]
 
 
-def _circle_angle(block: RowBlock, u: Tensor) -> Tensor:
+def _circle_angle(reference: Any, u: Tensor, dtype: torch.dtype) -> Tensor:
     """Angles of unit coordinates on the circle that may lie a turn beyond (0, 1)."""
     turn = u.floor()
-    z = block.f.reference.from_unit((u - turn)[:, None].to(block.dtype))[:, 0]
+    z = reference.from_unit((u - turn)[:, None].to(dtype))[:, 0]
     return z.double() + 2 * math.pi * turn

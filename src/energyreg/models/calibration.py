@@ -77,10 +77,10 @@ class CalibratedEnergy(ReferencedEnergy):
         base_share: float = 0.0,
         log_partition: Tensor | None = None,
     ) -> None:
-        self.energy, self.inverse_temperature = energy, inverse_temperature
+        self.energy, self.inverse_temperature = energy.in_common(), inverse_temperature
         self.base_share, self.log_partition = base_share, log_partition
-        self.context, self.reference = energy.context, energy.reference
-        self.conditional = energy.conditional
+        self.context, self.reference = self.energy.context, self.energy.reference
+        self.conditional = self.energy.conditional
         self.normalised = log_partition is not None
 
     @cached_property
@@ -375,14 +375,14 @@ def _powers(p: PredictiveDistribution, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of each power of p: log-density at the targets relative to p₀, and the divergence of p from it, (P, B) both."""
 
     def columns(block: RowBlock) -> Tensor:
-        nodes, reference, z = block.nodes, block.f.reference, p.space.to_model(y[block.rows]).to(p.dtype)
+        nodes, reference, z = block.nodes, block.f.common, p.space.to_model(y[block.rows]).to(p.dtype)
         log_p0 = reference.log_prob(z)
         at_target, log_p0 = (block.f(z) - log_p0).double(), log_p0.double()
         if isinstance(nodes, Cells):
             log_z = nodes.log_masses.double().logsumexp(0)
-            log_weights = nodes.log_masses.double() - log_z
-            relative, at_target = log_weights - nodes.log_widths, at_target - log_z
+            log_weights, at_target = nodes.log_masses.double() - log_z, at_target - log_z
             node_log_p0 = reference.log_prob(nodes.y.to(p.dtype)).double()
+            relative = nodes.log_density(block.f).double() - log_z - node_log_p0
         else:
             log_weights, relative, node_log_p0 = _weights_and_relative(block)
             at_target = at_target - block.log_partition.double()

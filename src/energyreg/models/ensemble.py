@@ -260,9 +260,9 @@ class EnsembleEnergy(ReferencedEnergy):
         self, energies: Sequence[ReferencedEnergy], log_partitions: Callable[[], Tensor], log_weights: Tensor
     ) -> None:
         self.log_weights = log_weights.tolist()
-        self.energies, self._log_partitions = energies, log_partitions
-        self.context, self.reference = energies[0].context, energies[0].reference
-        self.conditional = any(f.conditional for f in energies)
+        self.energies, self._log_partitions = [f.in_common() for f in energies], log_partitions
+        self.context, self.reference = energies[0].context, energies[0].common
+        self.conditional = any(f.conditional for f in self.energies)
 
     @cached_property
     def q(self) -> Distribution | None:
