@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 stats = pytest.importorskip("scipy.stats")
 
+import energyreg as er  # noqa: E402
 from energyreg import evaluation, plots  # noqa: E402
 from energyreg.densities import spaces  # noqa: E402
 from energyreg.evaluation import LEVELS, RowScores  # noqa: E402
@@ -338,3 +339,19 @@ def test_a_page_without_controls_has_no_script():
 
 def test_spaces_of_the_circle_are_known():
     assert isinstance(fitted("circle").model_.space, spaces.Circle)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "Float64", "int64[pyarrow]"])
+def test_a_nullable_column_has_groups_and_its_missing_rows_are_one(dtype):
+    groups = dict(score_sections._levels_of(pd.Series(pd.array([*range(59), None], dtype=dtype))))
+    assert list(groups)[-1] == "missing" and groups["missing"].sum() == 1
+    assert (np.sum(list(groups.values()), axis=0) == 1).all()  # each row is in one
+
+
+def test_counts_of_an_enormous_range_get_a_density():
+    rng = np.random.default_rng(0)
+    x = pd.DataFrame({"a": rng.normal(size=80)})
+    y = np.where(rng.random(80) < 0.5, rng.integers(0, 5, 80), rng.integers(10**9, 10**13, 80)).astype(float)
+    regressor = er.EnergyRegressor(target="count", n_members=1, epochs=1, width=8, random_state=0).fit(x, y)
+    page = report.render(table_report.describe(regressor, x, y[:, None], ["y"], title="t"))
+    assert "Predicted density of y" in page

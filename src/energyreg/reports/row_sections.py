@@ -129,8 +129,8 @@ def _one_density(rows: ReportRows, row: int, title: str, note: str) -> Drawing:
     observed, target = float(rows.y[row, 0]), rows.targets[0]
     if rows.regressor.target_.counts:
         low, high = rows.regressor.predict_quantiles(one_row, [0.001, 0.999])[0]
-        values = np.arange(math.floor(low), math.floor(high) + 1, dtype=float)
-        if len(values) <= 80:
+        if math.floor(high) - math.floor(low) < 80:
+            values = np.arange(math.floor(low), math.floor(high) + 1, dtype=float)
             values = np.union1d(values, [observed]) if abs(observed - values).min() < 40 else values
             shares = rows.regressor.predict_probabilities(one_row, values)[0]
             ends = rows.regressor.predict_interval(one_row, LEVEL)[0]

@@ -324,14 +324,15 @@ def _levels_of(series: Series) -> list[tuple[str, NDArray[np.bool_]]]:
         for i, (low, high) in enumerate(pairwise(edges)):
             inside = ((series >= low) if i == 0 else (series > low)) & (series <= high)
             show = number if numeric else (lambda v: f"{v:%Y-%m-%d}")
-            groups.append((f"{'' if i == 0 else 'above '}{show(low)} to {show(high)}", inside.to_numpy(bool)))
+            name = f"{'' if i == 0 else 'above '}{show(low)} to {show(high)}"
+            groups.append((name, inside.to_numpy(bool, na_value=False)))
     else:
         kept = levels
         if len(levels) > GROUP_LEVELS:
             kept = known.value_counts().index[: GROUP_LEVELS - 1]
         elif ordered:
             kept = sorted(levels)
-        groups = [(str(level), (series == level).fillna(False).to_numpy(bool)) for level in kept]
+        groups = [(str(level), (series == level).to_numpy(bool, na_value=False)) for level in kept]
         if len(kept) < len(levels):
             rest = ~missing & ~np.any([chosen for _, chosen in groups], axis=0)
             groups.append((f"{len(levels) - len(kept):,} others", rest))
